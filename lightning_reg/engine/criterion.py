@@ -1,0 +1,165 @@
+"""The loss of a step, computed again where techniques change targets, weights or the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_reg.engine.errors import ConflictError, RegularizationError
+from lightning_reg.engine.regularizer import CRITERION_PHASES, Regularizer, overrides
+from lightning_reg.engine.step import Step
+
+IGNORE_INDEX = -100
+
+
+def soft_cross_entropy(logits: Tensor, distribution: Tensor) -> Tensor:
+    """Cross-entropy (N,) of logits (N, C) against target distributions (N, C), in nats."""
+    return -(distribution * F.log_softmax(logits, dim=-1)).sum(-1)
+
+
+def flatten(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and targets (N,) or (N, C), without ignored positions.
+
+    Takes (B, C, ...) with (B, ...), as torch's losses do, and (B, T, C) with (B, T), as language
+    models do.
+    """
+    if logits.ndim > 2:
+        class_last = targets.shape == logits.shape[:-1]
+        logits = logits if class_last else logits.movedim(1, -1)
+        if targets.is_floating_point() and not class_last:
+            targets = targets.movedim(1, -1)
+        logits = logits.reshape(-1, logits.shape[-1])
+        targets = targets.reshape(logits.shape if targets.is_floating_point() else (-1,))
+    if targets.is_floating_point():
+        return logits, targets
+    kept = targets != IGNORE_INDEX
+    return logits[kept], targets[kept]
+
+
+def as_distribution(targets: Tensor, logits: Tensor) -> Tensor:
+    """One-hot rows for class indices; soft targets as they are, in the logits' type."""
+    if targets.is_floating_point():
+        return targets.to(logits.dtype)
+    return F.one_hot(targets.long(), logits.shape[-1]).to(logits.dtype)
+
+
+class Criterion:
+    """Recomputes the loss from captured logits for the techniques that change it.
+
+    The batch keeps the user's class indices, so that the user's metrics work as before; what
+    changes is the loss: the mean over samples of ``w_i * l(logits_i, distribution_i)``. That is
+    only right if the user's loss is the cross-entropy, which is checked on the first step.
+    """
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def concerns(self, step: Step, active: Sequence[Regularizer]) -> bool:
+        """Whether this step's loss has to be computed again."""
+        return bool(step.mixes) or any(
+            overrides(technique, phase) for technique in active for phase in CRITERION_PHASES
+        )
+
+    def __call__(self, step: Step, active: Sequence[Regularizer]) -> Tensor:
+        """The new loss; ``step.loss`` is the user's."""
+        members = [t for t in active if any(overrides(t, phase) for phase in CRITERION_PHASES)]
+        members += step.mixers
+        asking = members[0]
+        assert step.loss is not None
+        step.asked_by(asking)
+        logits, targets = self._signals(step, asking)
+        mode = self._mode(members)
+        plain = soft_cross_entropy(logits, as_distribution(targets, logits)).mean()
+        if mode == "cross_entropy" and not self._checked:
+            self._check(asking, step.loss, plain)
+        new = self._loss(step, active, logits, targets)
+        self._checked = True
+        return step.loss + (new - plain) if mode == "term" else new
+
+    def _signals(self, step: Step, asking: Regularizer) -> tuple[Tensor, Tensor]:
+        logits, targets = step.logits, step.targets
+        if not isinstance(targets, Tensor) or logits.ndim < 2:
+            raise RegularizationError(
+                asking,
+                f"needs logits (B, C) and a tensor of targets, got logits {tuple(logits.shape)} "
+                f"and targets of type {type(targets).__name__}",
+                cure='signals=Signals(logits="module.<name>", targets="batch.<key>")',
+            )
+        flat_logits, flat_targets = flatten(logits, targets)
+        soft = flat_targets.is_floating_point() and flat_targets.shape != flat_logits.shape
+        if soft or len(flat_targets) != len(flat_logits):
+            raise RegularizationError(
+                asking,
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong "
+                "to one classification loss",
+                cure='signals=Signals(logits="module.<name>", targets="batch.<key>")',
+            )
+        return flat_logits, flat_targets
+
+    def _loss(
+        self, step: Step, active: Sequence[Regularizer], logits: Tensor, targets: Tensor
+    ) -> Tensor:
+        distribution = as_distribution(targets, logits)
+        for permutation, lam in step.mixes:
+            self._check_mixable(step, lam, distribution)
+            weight = lam.to(distribution).unsqueeze(-1)
+            distribution = weight * distribution + (1 - weight) * distribution[permutation]
+        for technique in _members(active, "transform_targets"):
+            distribution = technique.transform_targets(step.asked_by(technique), distribution)
+        step.target_distribution = distribution
+        losses = self._per_sample(step, active, logits, distribution)
+        for technique in _members(active, "sample_weights"):
+            weights = technique.sample_weights(step.asked_by(technique), losses.detach())
+            losses = weights.detach() * losses
+        return losses.mean()
+
+    def _per_sample(
+        self, step: Step, active: Sequence[Regularizer], logits: Tensor, distribution: Tensor
+    ) -> Tensor:
+        for technique in _members(active, "per_sample_loss"):
+            return technique.per_sample_loss(step.asked_by(technique), logits, distribution)
+        return soft_cross_entropy(logits, distribution)
+
+    @staticmethod
+    def _check_mixable(step: Step, lam: Tensor, distribution: Tensor) -> None:
+        if len(lam) != len(distribution):
+            raise RegularizationError(
+                step.mixers[0],
+                f"mixes the labels of {len(lam)} samples, but the loss has {len(distribution)} "
+                "terms: one label per sample is needed, not one per pixel or token",
+                cure=f"remove {type(step.mixers[0]).__name__}",
+            )
+
+    def _mode(self, members: Sequence[Regularizer]) -> str:
+        modes = {getattr(t, "replaces", "cross_entropy") for t in members} - {"cross_entropy"}
+        if len(modes) > 1:
+            names = ", ".join(type(t).__name__ for t in members)
+            raise ConflictError(
+                members[0],
+                f'{names} disagree: one drops your loss (`replaces="loss"`), another keeps its '
+                'other terms (`replaces="term"`)',
+                cure='replaces="term" in all of them',
+            )
+        return modes.pop() if modes else "cross_entropy"
+
+    def _check(self, asking: Regularizer, loss: Tensor, plain: Tensor) -> None:
+        given, expected = float(loss.detach()), float(plain.detach())
+        # Half-precision losses are rounded to three digits; a non-finite first loss says nothing.
+        tolerance = 2e-2 if loss.dtype in (torch.float16, torch.bfloat16) else 2e-3
+        if not abs(given - expected) <= tolerance * max(1.0, abs(expected)) and given == given:
+            raise RegularizationError(
+                asking,
+                "computes the loss from logits and targets, which is right if your loss is their "
+                f"cross-entropy; but training_step returned {given:.4f} and the cross-entropy is "
+                f"{expected:.4f}. Other logits or targets can be named with `signals`; "
+                '`replaces="loss"` drops your loss for the technique\'s; `replaces="term"` keeps '
+                "the other terms of a loss that contains the cross-entropy",
+                cure=f'{type(asking).__name__}(..., replaces="term")',
+            )
+
+
+def _members(active: Sequence[Regularizer], phase: str) -> list[Regularizer]:
+    return [technique for technique in active if overrides(technique, phase)]

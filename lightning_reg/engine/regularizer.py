@@ -1,0 +1,246 @@
+"""The base of every technique: what it declares, and the phases it may override."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.paper import Paper
+from lightning_reg.engine.schedule import Schedule
+from lightning_reg.engine.signals import Signals
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.pipeline import TrainingStepPipeline
+    from lightning_reg.engine.step import Step
+    from lightning_reg.engine.update import ParameterUpdate
+
+Semantics = Literal["replica", "global", "local"]
+
+PHASES = (
+    "transform_batch",
+    "forward_context",
+    "transform_targets",
+    "per_sample_loss",
+    "sample_weights",
+    "penalty",
+    "perturb",
+    "parameter_gradient",
+    "edit_gradients",
+    "project",
+)
+CRITERION_PHASES = ("transform_targets", "per_sample_loss", "sample_weights")
+WEIGHT_PHASES = ("perturb", "parameter_gradient", "edit_gradients", "project", "on_model_ready")
+
+
+class Regularizer(Callback):
+    """A technique as a Lightning callback; subclasses override the phases that they need.
+
+    Args:
+        strength: the multiplier of a penalty: a number, or a :class:`Schedule` over the run.
+        signals: where the technique finds its tensors, if not in the usual places.
+        name: the name in logs (``reg/<name>``), checkpoints and messages; needed only when one
+            class is used twice in a Trainer.
+
+    Raises:
+        ArgumentError: if ``strength`` is neither a finite number nor a Schedule.
+    """
+
+    papers: ClassVar[tuple[Paper, ...]] = ()
+    semantics: ClassVar[Semantics] = "replica"
+    needs: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[frozenset[str]] = frozenset()
+    exclusive: ClassVar[frozenset[str]] = frozenset()
+    exemptions: ClassVar[Mapping[str, str]] = {}
+    function: ClassVar[Callable[..., Any] | None] = None
+    explanation: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        strength: float | Schedule = 1.0,
+        *,
+        signals: Signals | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._check_strength(strength)
+        self.strength = strength
+        self.signals = signals
+        self.name = name or snake_case(type(self).__name__)
+        self._pipeline: TrainingStepPipeline | None = None
+
+    # ------------------------------------------------------------------ phases
+
+    def active(self, context: Step | ParameterUpdate) -> bool:
+        """Whether the technique acts now; an inactive one costs nothing."""
+        return context.strength(self) != 0
+
+    def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run in which the technique cannot be right."""
+
+    def on_model_ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Change the module after ``configure_model``, before optimizers and DDP exist."""
+
+    def on_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take references from the weights that training starts with."""
+
+    def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Undo every change to the module; called once, after an exception too."""
+
+    def transform_batch(self, step: Step) -> None:
+        """Phase 1: edit ``step.inputs`` and mix targets."""
+
+    def forward_context(self, step: Step) -> AbstractContextManager[Any]:
+        """Phase 2: a context around the user's training step."""
+        return nullcontext()
+
+    def transform_targets(self, step: Step, distribution: Tensor) -> Tensor:
+        """Phase 3: a new target distribution (B, C)."""
+        return distribution
+
+    def per_sample_loss(self, step: Step, logits: Tensor, distribution: Tensor) -> Tensor:
+        """Phase 3: the loss of each sample (B,), in place of the cross-entropy."""
+        raise NotImplementedError(f"{type(self).__name__} declares no loss")
+
+    def sample_weights(self, step: Step, losses: Tensor) -> Tensor:
+        """Phase 3: weights (B,) of mean one over all ranks, from detached losses (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} declares no weights")
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """Phase 4: a scalar that is added to the loss times the strength."""
+        return None
+
+    def perturb(self, step: Step, total: Tensor) -> Tensor:
+        """Phase 5: run phases 2 to 4 again elsewhere in weight space; returns the new loss."""
+        return total
+
+    def parameter_gradient(self, update: ParameterUpdate) -> Tensor | None:
+        """Phase 6: add a closed-form gradient, once per optimizer step; returns the value."""
+        return None
+
+    def edit_gradients(self, update: ParameterUpdate) -> Tensor | None:
+        """Phase 7: change gradients in place; returns a value for the log."""
+        return None
+
+    def project(self, update: ParameterUpdate) -> Tensor | None:
+        """Phase 8: change weights after an optimizer step; returns a value for the log."""
+        return None
+
+    # ------------------------------------------------------------------ hooks of the engine
+
+    @property
+    def state_key(self) -> str:
+        """The key of this technique in a checkpoint."""
+        kind = type(self).__qualname__
+        return kind if self.name == snake_case(kind) else f"{kind}[{self.name}]"
+
+    @property
+    def pipeline(self) -> TrainingStepPipeline | None:
+        """The pipeline that runs this technique, while a fit is under way."""
+        return self._pipeline
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Join the module's pipeline; the first technique makes it."""
+        if stage == "fit" and self._pipeline is None:
+            from lightning_reg.engine.pipeline import TrainingStepPipeline
+
+            TrainingStepPipeline.attach(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the module back."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Put the module back: Lightning does not call ``teardown`` after an exception."""
+        self._close()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the pipeline."""
+        if self._leads():
+            self._pipeline.on_train_start()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the pipeline which batch comes."""
+        if self._leads():
+            self._pipeline.on_train_batch_start(batch_idx)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the pipeline undo perturbations."""
+        if self._leads():
+            self._pipeline.on_after_backward()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
+        """Phases 6 and 7, for all techniques in the planned order."""
+        if self._leads():
+            self._pipeline.on_before_optimizer_step(optimizer)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Phase 8 and the log, for all techniques in the planned order."""
+        if self._leads():
+            self._pipeline.on_train_batch_end()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Name a technique that the checkpoint knows nothing of."""
+        if self.state_dict() and self.state_key not in checkpoint.get("callbacks", {}):
+            rank_zero_warn(
+                f"{self.state_key}: the checkpoint holds no state of this technique, so it starts "
+                "afresh. If the checkpoint was written with it, give it the same `name`."
+            )
+
+    def _leads(self) -> bool:
+        # One technique drives the pipeline, so that phases run in the planned order and not in
+        # the order of the callbacks list.
+        return self._pipeline is not None and self._pipeline.leader is self
+
+    def _close(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+    def _check_strength(self, strength: float | Schedule) -> None:
+        if isinstance(strength, Schedule):
+            return
+        finite = isinstance(strength, (int, float)) and abs(strength) != float("inf")
+        if not finite or isinstance(strength, bool) or strength != strength:
+            raise ArgumentError(
+                self,
+                f"`strength` must be a finite number or a Schedule, got {strength!r}",
+                cure=f"{type(self).__name__}(strength=0.1)",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The pipeline belongs to one Trainer and one module; a copy joins its own.
+        return {**self.__dict__, "_pipeline": None}
+
+
+def snake_case(name: str) -> str:
+    """``CamelCase`` to ``camel_case``; runs of capitals count as one word (``SAM`` to ``sam``)."""
+    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
+
+
+def overrides(technique: Regularizer, phase: str) -> bool:
+    """Whether the class of ``technique`` implements ``phase``."""
+    return getattr(type(technique), phase) is not getattr(Regularizer, phase)
