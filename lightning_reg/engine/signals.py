@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 Source = str | Callable[["Step"], Tensor]
 
-_INPUT_KEYS = ("inputs", "input", "x", "image", "images", "pixel_values", "input_values", "features")
+_INPUT_KEYS = (
+    "inputs",
+    "input",
+    "x",
+    "image",
+    "images",
+    "pixel_values",
+    "input_values",
+    "features",
+)
 _TARGET_KEYS = ("targets", "target", "labels", "label", "y")
 _LOGIT_KEYS = ("logits", "preds", "predictions", "y_hat")
 
@@ -172,8 +181,10 @@ def _is_plain_sequence(batch: Any) -> bool:
 def _has(container: Any, key: str) -> bool:
     if isinstance(container, Mapping):
         return key in container
-    return not isinstance(container, (Tensor, tuple, list)) and hasattr(container, key) or (
-        hasattr(container, "_fields") and key in container._fields
+    return (
+        not isinstance(container, (Tensor, tuple, list))
+        and hasattr(container, key)
+        or (hasattr(container, "_fields") and key in container._fields)
     )
 
 

@@ -174,9 +174,7 @@ class WeightPerturbation(Regularizer):
             return _mean_over_ranks(step, total)
         return total
 
-    def _gradients(
-        self, step: Step, total: Tensor, weights: list[nn.Parameter]
-    ) -> list[Tensor]:
+    def _gradients(self, step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
         """Gradients of the unscaled loss, taken through the AMP scale so that none underflows."""
         scaled = _scale(step, total)
         found = torch.autograd.grad(scaled, weights, allow_unused=True)
