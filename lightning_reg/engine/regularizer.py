@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.paper import Paper
-from lightning_reg.engine.schedule import Schedule
+from lightning_reg.engine.schedule import ClosedLoop, Schedule
 from lightning_reg.engine.signals import Signals
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ PHASES = (
 )
 CRITERION_PHASES = ("transform_targets", "per_sample_loss", "sample_weights")
 WEIGHT_PHASES = ("perturb", "parameter_gradient", "edit_gradients", "project", "on_model_ready")
+
+_SCHEDULES = "lightning_reg.schedules"
 
 
 class Regularizer(Callback):
@@ -200,10 +202,27 @@ class Regularizer(Callback):
         if self._leads():
             self._pipeline.on_train_batch_end()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a closed-loop strength follow its metric."""
+        if isinstance(self.strength, ClosedLoop):
+            self.strength.on_validation_end(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save where a closed-loop strength is."""
+        if isinstance(self.strength, ClosedLoop):
+            # Not in `state_dict`, which belongs to the technique.
+            states = checkpoint.setdefault(_SCHEDULES, {})
+            states[self.state_key] = self.strength.state_dict()
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Name a technique that the checkpoint knows nothing of."""
+        """Go on with a closed-loop strength; name a technique that the checkpoint lacks."""
+        saved = checkpoint.get(_SCHEDULES, {}).get(self.state_key)
+        if isinstance(self.strength, ClosedLoop) and saved is not None:
+            self.strength.load_state_dict(saved)
         if self.state_dict() and self.state_key not in checkpoint.get("callbacks", {}):
             rank_zero_warn(
                 f"{self.state_key}: the checkpoint holds no state of this technique, so it starts "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -223,7 +224,7 @@ class StepSchedule(Schedule):
         self, values: Sequence[float], milestones: Sequence[float], *, by: By = "epoch"
     ) -> None:
         _check_by(self, by)
-        rising = all(a < b for a, b in zip(milestones, milestones[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(milestones))
         if len(values) != len(milestones) + 1 or not rising:
             raise ArgumentError(
                 self,
