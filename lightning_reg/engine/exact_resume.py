@@ -80,7 +80,7 @@ class ExactResume(Callback):
             # iterator that Lightning has just made, before this hook, has to be made again.
             for generator, saved in zip(_generators(trainer), state["loaders"], strict=False):
                 generator.set_state(saved.cpu())
-            iter(trainer.fit_loop._data_fetcher)  # type: ignore[call-overload]
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def _inside_epoch(trainer: pl.Trainer) -> bool:
