@@ -19,6 +19,7 @@ from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.selection import ParameterSelection
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import Step
+from lightning_reg.engine.technique import Technique
 from lightning_reg.engine.update import ParameterUpdate
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Schedule",
     "Signals",
     "Step",
+    "Technique",
     "TrainingStepPipeline",
     "UnsupportedError",
     "explain",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,16 +12,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
-from lightning_reg.engine.paper import Paper
 from lightning_reg.engine.schedule import ClosedLoop, Schedule
 from lightning_reg.engine.signals import Signals
+from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
     from lightning_reg.engine.pipeline import TrainingStepPipeline
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.update import ParameterUpdate
-
-Semantics = Literal["replica", "global", "local"]
 
 PHASES = (
     "transform_batch",
@@ -42,7 +39,7 @@ WEIGHT_PHASES = ("perturb", "parameter_gradient", "edit_gradients", "project", "
 _SCHEDULES = "lightning_reg.schedules"
 
 
-class Regularizer(Callback):
+class Regularizer(Technique, Callback):
     """A technique as a Lightning callback; subclasses override the phases that they need.
 
     Args:
@@ -55,14 +52,9 @@ class Regularizer(Callback):
         ArgumentError: if ``strength`` is neither a finite number nor a Schedule.
     """
 
-    papers: ClassVar[tuple[Paper, ...]] = ()
-    semantics: ClassVar[Semantics] = "replica"
-    needs: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset()
     exclusive: ClassVar[frozenset[str]] = frozenset()
-    exemptions: ClassVar[Mapping[str, str]] = {}
-    function: ClassVar[Callable[..., Any] | None] = None
     explanation: ClassVar[str] = ""
 
     def __init__(

@@ -181,10 +181,8 @@ def _is_plain_sequence(batch: Any) -> bool:
 def _has(container: Any, key: str) -> bool:
     if isinstance(container, Mapping):
         return key in container
-    return (
-        not isinstance(container, (Tensor, tuple, list))
-        and hasattr(container, key)
-        or (hasattr(container, "_fields") and key in container._fields)
+    return (not isinstance(container, (Tensor, tuple, list)) and hasattr(container, key)) or (
+        hasattr(container, "_fields") and key in container._fields
     )
 
 

@@ -11,6 +11,7 @@ from lightning_reg.testing.hosts import (
     RegressorHost,
     SeveralLossesHost,
 )
+from lightning_reg.testing.ranks import RankError, RankPair, rank_trainer
 
 __all__ = [
     "AutoencoderHost",
@@ -21,6 +22,9 @@ __all__ = [
     "HostOptions",
     "ImageHost",
     "Probe",
+    "RankError",
+    "RankPair",
     "RegressorHost",
     "SeveralLossesHost",
+    "rank_trainer",
 ]

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_reg.engine import (
     MissingSignalError,
     RegularizationError,
-    Regularizer,
     RegularizeMixin,
+    Regularizer,
     Signals,
     UnsupportedError,
 )

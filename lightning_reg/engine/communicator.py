@@ -1,0 +1,155 @@
+"""Collectives over all ranks, through which gradients flow as the joint batch would have them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Reduction = Literal["sum", "mean", "min", "max"]
+
+
+class Communicator:
+    """All ranks of a run; with one process every method returns its argument.
+
+    Values that enter a loss on every rank come out with gradients such that the *mean* over
+    ranks, which DDP takes, is the gradient of the same loss on the joined batch: collectives sum
+    in backward. Every rank has to make the same calls in the same order.
+
+    Args:
+        rank: this process, from 0.
+        world_size: the number of processes.
+        group: the process group; ``None`` is the default group.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, group: Any = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.group = group
+
+    @classmethod
+    def of(cls, trainer: Any) -> Communicator:
+        """The ranks of a Trainer, or of this process if it belongs to no group."""
+        if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all ranks, by rank (rank 0's first); ranks may have different numbers.
+
+        Args:
+            tensor: (B, ...); gradients flow back to it from every rank's loss.
+        """
+        if self.world_size == 1:
+            return tensor
+        sizes = self._sizes(tensor)
+        return _Gather.apply(tensor, sizes, self.rank, self.group)  # type: ignore[no-any-return,no-untyped-call]
+
+    def reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
+        """The sum, mean, minimum or maximum over ranks, of a tensor of one shape on all ranks.
+
+        Gradients flow through ``"sum"`` and ``"mean"``.
+        """
+        if self.world_size == 1:
+            return tensor
+        if op in ("min", "max"):
+            result = tensor.detach().clone()
+            kind = dist.ReduceOp.MIN if op == "min" else dist.ReduceOp.MAX
+            dist.all_reduce(result, kind, group=self.group)
+            return result
+        total = _Sum.apply(tensor, self.group)  # type: ignore[no-untyped-call]
+        return total / self.world_size if op == "mean" else total  # type: ignore[no-any-return]
+
+    def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean of all ranks' values, each sample counting once however they are spread.
+
+        A rank without samples takes part with nothing; without any sample the mean is 0.
+
+        Args:
+            values: (B,).
+            weights: (B,) non-negative; a mask as numbers, for example.
+        """
+        weights = torch.ones_like(values) if weights is None else weights.to(values)
+        total, count = self.reduce(torch.stack([(values * weights).sum(), weights.sum()]))
+        return total / count.clamp_min(torch.finfo(values.dtype).tiny)
+
+    def any(self, flag: Tensor | bool) -> bool:
+        """Whether the flag is set on any rank; a host sync."""
+        if self.world_size == 1:
+            return bool(flag)
+        raised = torch.as_tensor(flag, device=self._device(flag)).to(torch.int32).clone()
+        return bool(self.reduce(raised, "max"))
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """The tensor of one rank; shapes have to agree. No gradient."""
+        if self.world_size == 1:
+            return tensor
+        result = tensor.detach().clone()
+        dist.broadcast(result, source, group=self.group)
+        return result
+
+    def shard(self, costs: Sequence[float]) -> list[int]:
+        """This rank's share of items, balanced by cost: the longest first, to the least loaded.
+
+        Every item belongs to exactly one rank; all ranks agree without communication.
+        """
+        loads = [(0.0, rank) for rank in range(self.world_size)]
+        shares: list[list[int]] = [[] for _ in loads]
+        for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+            load, rank = heapq.heappop(loads)
+            shares[rank].append(item)
+            heapq.heappush(loads, (load + costs[item], rank))
+        return sorted(shares[self.rank])
+
+    def _sizes(self, tensor: Tensor) -> list[int]:
+        own = torch.tensor([len(tensor)], device=tensor.device)
+        sizes = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(sizes, own, group=self.group)
+        return [int(size) for size in sizes]
+
+    def _device(self, flag: Tensor | bool) -> torch.device:
+        if isinstance(flag, Tensor):
+            return flag.device
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of rows; the backward sums what every rank's loss says of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sizes: list[int], rank: int, group: Any) -> Tensor:
+        ctx.sizes, ctx.rank, ctx.group = sizes, rank, group
+        longest = max(sizes)
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        first = sum(ctx.sizes[: ctx.rank])
+        return total[first : first + ctx.sizes[ctx.rank]], None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce; its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.detach().contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

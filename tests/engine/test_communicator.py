@@ -1,0 +1,114 @@
+"""Collectives: values and gradients on two ranks equal those of the joined batch."""
+
+import pytest
+import torch
+
+from lightning_reg.engine.communicator import Communicator
+from lightning_reg.testing.ranks import RankError
+
+ROWS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _comm():
+    return Communicator(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def _share(sizes):
+    rank = torch.distributed.get_rank()
+    return ROWS.split(list(sizes))[rank].clone()
+
+
+def _joint_loss(rows, scale):
+    """Not separable over rows: every row's gradient depends on all."""
+    return torch.logdet(rows.T @ rows * scale + torch.eye(3, dtype=rows.dtype))
+
+
+def gathered_gradient(sizes):
+    comm = _comm()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    rows = comm.gather(_share(sizes) * scale)
+    _joint_loss(rows, 1.0).backward()
+    return rows.detach(), comm.reduce(scale.grad, "mean")
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (7, 0)])
+def test_gathered_loss_has_the_joint_gradient_after_the_mean_over_ranks(ranks, sizes):
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    _joint_loss(ROWS * scale, 1.0).backward()
+    for rows, gradient in ranks.run(gathered_gradient, sizes):
+        assert torch.equal(rows, ROWS * 2.0)
+        torch.testing.assert_close(gradient, scale.grad)
+
+
+def reduced_gradient(sizes, op):
+    comm = _comm()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    moment = comm.reduce((_share(sizes) * scale).square().sum(0), op)
+    moment.log().sum().backward()
+    return moment.detach(), comm.reduce(scale.grad, "mean")
+
+
+@pytest.mark.parametrize("op", ["sum", "mean"])
+def test_reduced_statistics_have_the_joint_gradient(ranks, op):
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    moment = (ROWS * scale).square().sum(0) / (2 if op == "mean" else 1)
+    moment.log().sum().backward()
+    for value, gradient in ranks.run(reduced_gradient, (4, 3), op):
+        torch.testing.assert_close(value, moment.detach())
+        torch.testing.assert_close(gradient, scale.grad)
+
+
+def ragged_mean(sizes, masked):
+    rows = _share(sizes)[:, 0]
+    weights = (rows > 0).double() if masked else None
+    return _comm().mean(rows, weights)
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (7, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_mean_counts_each_sample_once(ranks, sizes, masked):
+    column = ROWS[:, 0]
+    expected = column[column > 0].mean() if masked else column.mean()
+    for value in ranks.run(ragged_mean, sizes, masked):
+        torch.testing.assert_close(value, expected)
+
+
+def test_mean_over_nothing_is_zero():
+    assert Communicator().mean(torch.zeros(0)) == 0
+
+
+def flags_and_extremes():
+    comm = _comm()
+    rank = comm.rank
+    return (
+        comm.any(rank == 1),
+        comm.any(torch.tensor(False)),
+        float(comm.reduce(torch.tensor(float(rank)), "max")),
+        float(comm.reduce(torch.tensor(float(rank)), "min")),
+        float(comm.broadcast(torch.tensor(float(rank)), 1)),
+    )
+
+
+def test_flags_extremes_and_broadcast(ranks):
+    assert ranks.run(flags_and_extremes) == [(True, False, 1.0, 0.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_shards_cover_all_items_once_and_balance_their_cost(world_size):
+    costs = [5.0, 4.0, 3.0, 3.0, 3.0, 9.0]
+    shares = [Communicator(rank, world_size).shard(costs) for rank in range(world_size)]
+    assert sorted(i for share in shares for i in share) == list(range(6))
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) <= {1: 27.0, 2: 15.0, 3: 9.0}[world_size]
+
+
+def fails_on_one():
+    if torch.distributed.get_rank() == 1:
+        raise ZeroDivisionError("on purpose")
+    torch.distributed.barrier()
+
+
+def test_a_failing_rank_is_reported_and_the_pair_recovers(ranks):
+    with pytest.raises(RankError, match="on purpose"):
+        ranks.run(fails_on_one)
+    assert ranks.run(flags_and_extremes)[0][0]
