@@ -64,7 +64,7 @@ class _Record:
         self._capture = capture
         self._name = name
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._capture is not None:
             self._capture.record(self._name, output)

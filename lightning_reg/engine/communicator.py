@@ -47,7 +47,8 @@ class Communicator:
         if self.world_size == 1:
             return tensor
         sizes = self._sizes(tensor)
-        return _Gather.apply(tensor, sizes, self.rank, self.group)  # type: ignore[no-any-return,no-untyped-call]
+        rows: Tensor = _Gather.apply(tensor, sizes, self.rank, self.group)  # type: ignore[no-untyped-call]
+        return rows
 
     def reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
         """The sum, mean, minimum or maximum over ranks, of a tensor of one shape on all ranks.
@@ -61,8 +62,8 @@ class Communicator:
             kind = dist.ReduceOp.MIN if op == "min" else dist.ReduceOp.MAX
             dist.all_reduce(result, kind, group=self.group)
             return result
-        total = _Sum.apply(tensor, self.group)  # type: ignore[no-untyped-call]
-        return total / self.world_size if op == "mean" else total  # type: ignore[no-any-return]
+        total: Tensor = _Sum.apply(tensor, self.group)  # type: ignore[no-untyped-call]
+        return total.div(self.world_size) if op == "mean" else total
 
     def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean of all ranks' values, each sample counting once however they are spread.

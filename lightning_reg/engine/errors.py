@@ -21,7 +21,7 @@ class RegularizationError(MisconfigurationException):
         super().__init__(f"{self.owner}: {self.problem}." + (f" Try: {cure}" if cure else ""))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions cross process boundaries; the default would call __init__ with the message alone.
+        # Exceptions cross process boundaries; the default calls __init__ with the message alone.
         return (_rebuild, (type(self), self.owner, self.problem, self.cure))
 
 
@@ -59,7 +59,7 @@ def check_range(
     high_open: bool = False,
     cure: str | None = None,
 ) -> None:
-    """Raise :class:`ArgumentError` unless ``value`` is a number in the interval from ``low`` to ``high``."""
+    """Raise :class:`ArgumentError` unless ``value`` is a number from ``low`` to ``high``."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # A NaN fails every comparison, so the conditions are written to hold for good values only.
     above = is_number and (low is None or (value > low if low_open else value >= low))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.criterion import Criterion
+from lightning_reg.engine.data_hooks import check_data_hooks
 from lightning_reg.engine.errors import RegularizationError, UnsupportedError
 from lightning_reg.engine.patch import MethodPatch
 from lightning_reg.engine.planner import Plan
@@ -52,6 +53,7 @@ class TrainingStepPipeline:
         self.batch_idx = 0
         self.applied: set[str] = set()
         self.step: Step | None = None
+        self.writing: Callable[[Regularizer], AbstractContextManager[None]] = _unwatched
         self._seed = base_seed()
         self._capture = Capture()
         self._criterion = Criterion()
@@ -91,6 +93,7 @@ class TrainingStepPipeline:
 
     def on_train_start(self) -> None:
         """Start to watch submodules; take references."""
+        check_data_hooks(self.trainer)
         layers = {layer for t in self.plan.techniques for layer in self._layers(t)}
         self._capture.attach(self.module, layers)
         self._last_global_step = int(self.trainer.global_step)
@@ -127,7 +130,8 @@ class TrainingStepPipeline:
             return step.outputs
         for technique in replayed:
             self._check_rerun(technique, step, total)
-            total = technique.perturb(step.asked_by(technique), total)
+            with self.writing(technique):
+                total = technique.perturb(step.asked_by(technique), total)
         return _with_loss(step.outputs, total)
 
     def _evaluate(
@@ -219,7 +223,9 @@ class TrainingStepPipeline:
             for phase in ("parameter_gradient", "edit_gradients"):
                 for technique in self.plan.phases[phase]:
                     if technique.active(update):
-                        update.log(technique, getattr(technique, phase)(update))
+                        with self.writing(technique):
+                            value = getattr(technique, phase)(update)
+                        update.log(technique, value)
 
     def on_train_batch_end(self) -> None:
         """Project if an optimizer stepped, then write the log."""
@@ -229,7 +235,9 @@ class TrainingStepPipeline:
             with torch.no_grad():
                 for technique in self.plan.phases["project"]:
                     if technique.active(update):
-                        update.log(technique, technique.project(update))
+                        with self.writing(technique):
+                            value = technique.project(update)
+                        update.log(technique, value)
             self._flush_logs()
         self._check_applied()
         self.step = None
@@ -401,6 +409,11 @@ class TrainingStepPipeline:
         self._logs.clear()
         for key, value in zip(keys, means.unbind(), strict=True):
             self.module.log(key, value, on_step=True, on_epoch=False)
+
+
+def _unwatched(technique: Regularizer) -> AbstractContextManager[None]:
+    """A strategy that keeps account of who writes weights puts its own in this place."""
+    return nullcontext()
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], Any]:

@@ -77,6 +77,10 @@ class Regularizer(Technique, Callback):
         """Whether the technique acts now; an inactive one costs nothing."""
         return context.strength(self) != 0
 
+    def acts_in(self, phase: str) -> bool:
+        """Whether this instance uses a phase that its class implements; fixed once it is made."""
+        return True
+
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a run in which the technique cannot be right."""
 
@@ -160,27 +164,27 @@ class Regularizer(Technique, Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the pipeline."""
-        if self._leads():
-            self._pipeline.on_train_start()
+        if (pipeline := self._led()) is not None:
+            pipeline.on_train_start()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Tell the pipeline which batch comes."""
-        if self._leads():
-            self._pipeline.on_train_batch_start(batch_idx)
+        if (pipeline := self._led()) is not None:
+            pipeline.on_train_batch_start(batch_idx)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the pipeline undo perturbations."""
-        if self._leads():
-            self._pipeline.on_after_backward()
+        if (pipeline := self._led()) is not None:
+            pipeline.on_after_backward()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Phases 6 and 7, for all techniques in the planned order."""
-        if self._leads():
-            self._pipeline.on_before_optimizer_step(optimizer)
+        if (pipeline := self._led()) is not None:
+            pipeline.on_before_optimizer_step(optimizer)
 
     def on_train_batch_end(
         self,
@@ -191,8 +195,8 @@ class Regularizer(Technique, Callback):
         batch_idx: int,
     ) -> None:
         """Phase 8 and the log, for all techniques in the planned order."""
-        if self._leads():
-            self._pipeline.on_train_batch_end()
+        if (pipeline := self._led()) is not None:
+            pipeline.on_train_batch_end()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let a closed-loop strength follow its metric."""
@@ -221,10 +225,11 @@ class Regularizer(Technique, Callback):
                 "afresh. If the checkpoint was written with it, give it the same `name`."
             )
 
-    def _leads(self) -> bool:
+    def _led(self) -> TrainingStepPipeline | None:
         # One technique drives the pipeline, so that phases run in the planned order and not in
         # the order of the callbacks list.
-        return self._pipeline is not None and self._pipeline.leader is self
+        pipeline = self._pipeline
+        return pipeline if pipeline is not None and pipeline.leader is self else None
 
     def _close(self) -> None:
         if self._pipeline is not None:
@@ -253,5 +258,6 @@ def snake_case(name: str) -> str:
 
 
 def overrides(technique: Regularizer, phase: str) -> bool:
-    """Whether the class of ``technique`` implements ``phase``."""
-    return getattr(type(technique), phase) is not getattr(Regularizer, phase)
+    """Whether ``technique`` implements ``phase``."""
+    implemented = getattr(type(technique), phase) is not getattr(Regularizer, phase)
+    return implemented and technique.acts_in(phase)

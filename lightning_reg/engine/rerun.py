@@ -80,7 +80,7 @@ def _spare_metrics(module: nn.Module) -> Iterator[None]:
     kept = [dict(metric.__dict__) for metric in metrics]
     try:
         for metric in metrics:
-            for name in metric._defaults:
+            for name in metric.__dict__["_defaults"]:
                 metric.__dict__[name] = _copy_state(metric.__dict__[name])
         yield
     finally:

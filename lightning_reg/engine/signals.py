@@ -135,7 +135,7 @@ def missing(owner: object, signal: str, step: Step, seen: Sequence[str]) -> Miss
     """The error for a signal that was looked for and not found."""
     cures = {
         "sample_index": "wrap the training dataset: IndexedDataset(dataset)",
-        "logits": 'return {"loss": loss, "logits": logits} from training_step, '
+        "logits": f'return {{"loss": loss, "logits": logits}} from {step.hook}, '
         'or pass signals=Signals(logits="module.<name>")',
         "targets": 'pass signals=Signals(targets="batch.<key>")',
         "inputs": 'pass signals=Signals(inputs="batch.<key>")',
@@ -144,8 +144,8 @@ def missing(owner: object, signal: str, step: Step, seen: Sequence[str]) -> Miss
     where = "; ".join(seen) if seen else "nothing that fits"
     return MissingSignalError(
         owner,
-        f"needs `{signal}` and did not find it in the first training step. Looked at the "
-        f"technique's `signals`, the module's `regularization_signals`, what `training_step` "
+        f"needs `{signal}` and did not find it in the first {step.hook}. Looked at the "
+        f"technique's `signals`, the module's `regularization_signals`, what `{step.hook}` "
         f"returned, and the batch ({describe(step.batch)}). Seen: {where}",
         cure=cures.get(signal, f"self.regularize(loss, {signal}=...)"),
     )

@@ -93,6 +93,8 @@ class Step(RunContext):
     mathematics of a technique is the same under mixed precision.
     """
 
+    hook = "training_step"
+
     def __init__(self, pipeline: TrainingStepPipeline, batch: Any, batch_idx: int) -> None:
         super().__init__(pipeline)
         self.batch, self._index = take_index(batch)
@@ -157,23 +159,33 @@ class Step(RunContext):
         """The captured output of a layer: ``step.features["encoder"]``."""
         return _Features(self)
 
+    def find(self, signal: str) -> Any:
+        """A signal that may be absent: its value, or ``None`` if no usual place holds it."""
+        return self._find(signal)
+
     def given_signal(self, name: str) -> Any:
         """A signal that the user handed to ``self.regularize(loss, name=...)``."""
         if name in self.given:
             return self.given[name]
         raise missing(self._owner(), name, self, self._seen())
 
-    def feature(self, layer: str) -> Tensor:
-        """What ``layer`` returned in this step, in float32 at least."""
+    def feature(self, layer: str, *, as_captured: bool = False) -> Tensor:
+        """What ``layer`` returned in this step, in float32 at least.
+
+        Args:
+            layer: the name of a submodule, ``"outputs.<key>"``, or a name in ``features=``.
+            as_captured: in the type in which it was captured; a copy in float32 is no ancestor of
+                the loss, so only the tensor itself can be differentiated by.
+        """
         value = self._feature(layer)
         if not isinstance(value, Tensor):
             raise MissingSignalError(
                 self._owner(),
                 f"needs the output of layer {layer!r} as one tensor and saw {_kind(value)} in the "
-                f"first training step. Seen: {'; '.join(self._seen()) or 'no submodule was called'}",
-                cure='layer="<the name of a submodule that training_step calls once>"',
+                f"first {self.hook}. Seen: {'; '.join(self._seen()) or 'no call of a submodule'}",
+                cure=f'layer="<the name of a submodule that {self.hook} calls once>"',
             )
-        return full_precision(value)
+        return value if as_captured else full_precision(value)
 
     @property
     def padding(self) -> Tensor | None:
@@ -224,6 +236,10 @@ class Step(RunContext):
     def forget(self) -> None:
         """Drop what :meth:`rerun` needs, once no more re-run comes."""
         self._pipeline.forget(self)
+
+    def drop_outputs(self) -> None:
+        """Keep no more than :meth:`rerun` needs, of a step that outlives its micro-batch."""
+        self.outputs, self.loss, self.records, self.target_distribution = None, None, {}, None
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the Trainer's optimizers update."""
@@ -277,7 +293,7 @@ class Step(RunContext):
             raise MissingSignalError(
                 self._owner(),
                 f"`{signal}` was to be found at {source!r}, but there is no {error.args[0]!r}. "
-                f"The batch is {_kind(self.batch)}, training_step returned {_kind(self.outputs)}",
+                f"The batch is {_kind(self.batch)}, {self.hook} returned {_kind(self.outputs)}",
                 cure=f'signals=Signals({signal}="batch.<key>")',
             ) from error
 
@@ -288,9 +304,9 @@ class Step(RunContext):
         where = f"submodule {name!r}" if name else "the module's forward"
         raise MissingSignalError(
             self._owner(),
-            f"takes `{signal}` from {where}, which the first training step called "
+            f"takes `{signal}` from {where}, which the first {self.hook} called "
             f"{len(calls)} times instead of once. Seen: {'; '.join(self._seen())}",
-            cure='return {"loss": loss, "logits": logits} from training_step',
+            cure=f'return {{"loss": loss, "logits": logits}} from {self.hook}',
         )
 
     def _default_logits(self) -> Tensor | None:

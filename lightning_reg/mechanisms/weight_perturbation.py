@@ -1,16 +1,23 @@
 """Sharpness-aware techniques: the gradient is taken at weights that a first gradient points to.
 
-A technique supplies :meth:`WeightPerturbation.perturbation`. The mechanism takes care of the
-first pass (``autograd.grad``, so neither ``.grad`` nor DDP's hooks notice), of the window over
-which sharpness is meant, of the second pass (same random numbers, silent logs, metrics and
-BatchNorm counted once), of fp16 scaling, and of an exact restore.
+A technique supplies :meth:`WeightPerturbation.perturbation`, and overrides
+:meth:`WeightPerturbation.constrain` if several ascent steps have to stay in a ball. The mechanism
+takes care of
+
+- the first pass: ``autograd.grad``, so neither ``.grad`` nor the hooks of any DDP variant notice;
+- the window over which sharpness is meant: one micro-batch, a rank's accumulation window, or that
+  of all ranks;
+- the second pass: the same random numbers, silent logs, metrics and BatchNorm counted once;
+- fp16 scaling: gradients pass through the scale, an overflow on one rank skips all perturbations;
+- an exact restore, after an exception too: the saved weights are written back, since ``w + e - e``
+  is not ``w`` and replicas would drift apart.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +26,7 @@ from torch import Tensor, nn
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.regularizer import Regularizer
 from lightning_reg.engine.schedule import Schedule
-from lightning_reg.engine.step import Step
+from lightning_reg.engine.step import RunContext, Step
 
 Sharpness = Literal["micro", "rank", "global"]
 _SHARPNESS = ("micro", "rank", "global")
@@ -33,11 +40,13 @@ class WeightPerturbation(Regularizer):
         sharpness: whose gradient the perturbation follows. ``"micro"``: of each micro-batch on
             its rank, one extra forward and backward each; ``"rank"``: of each rank's whole
             accumulation window; ``"global"``: of the window over all ranks, so that N ranks
-            equal one process with the joined batch.
-        steps: ascent steps before the gradient is taken.
+            equal one process with the joined batch. The last two keep the window's batches in
+            memory until its end.
+        steps: ascent steps before the gradient is taken; each costs one forward and backward.
         name: the name in logs and checkpoints.
 
-    The log value is the rise of the loss from the clean to the perturbed weights.
+    The log value is the rise of the loss from the clean to the perturbed weights. The loss that
+    the Trainer and its callbacks see is the one at the clean weights.
     """
 
     writes: ClassVar[frozenset[str]] = frozenset({"weights"})
@@ -59,38 +68,47 @@ class WeightPerturbation(Regularizer):
                 f"`sharpness` must be one of {', '.join(_SHARPNESS)}, got {sharpness!r}",
                 cure=f'{type(self).__name__}(sharpness="micro")',
             )
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ArgumentError(
-                self, f"`steps` must be a whole number from 1, got {steps!r}", cure="steps=1"
+                self,
+                f"`steps` must be a whole number from 1, got {steps!r}",
+                cure=f"{type(self).__name__}(steps=1)",
             )
         self.sharpness = sharpness
         self.steps = steps
         self._saved: list[Tensor] = []
-        self._moved: list[nn.Parameter] = []
+        self._moved: list[Tensor] = []
         self._window: list[Step] = []
-        self._ascent: list[Tensor] | None = None
+        self._clean: list[Tensor] = []
+        self._ascent: list[Tensor] = []
 
     @abstractmethod
     def perturbation(
         self, weights: Sequence[Tensor], gradients: Sequence[Tensor], strength: float
     ) -> list[Tensor]:
-        """The displacement of each weight, from gradients of the unscaled loss.
+        """The displacement of each weight by one ascent step.
 
         Args:
             weights: the weights where the gradients were taken.
-            gradients: one gradient a weight.
+            gradients: one gradient a weight, of the unscaled loss.
             strength: the size of the perturbation now.
         """
 
     def constrain(self, displacement: list[Tensor], strength: float) -> list[Tensor]:
-        """The sum of several ascent steps, brought back to where it may be."""
+        """The sum of the ascent steps so far, brought back to where it may be."""
         return displacement
+
+    def active(self, context: RunContext) -> bool:
+        """A window that was begun is finished, whatever became of the strength."""
+        return bool(self._window) or context.strength(self) != 0
 
     def perturb(self, step: Step, total: Tensor) -> Tensor:
         """Phase 5."""
-        if self.sharpness == "micro":
-            return self._perturb_micro(step, total)
-        return self._perturb_window(step, total)
+        if self.sharpness != "micro":
+            return self._perturb_window(step, total)
+        weights = step.trainable_parameters()
+        self._ascend(weights, _gradients(step, total, weights), [step])
+        return self._second_pass(weights, [step], [total.detach()])
 
     def restore(self) -> None:
         """Write the saved weights back, bit for bit."""
@@ -102,88 +120,83 @@ class WeightPerturbation(Regularizer):
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore after an exception between the two passes; free the buffers."""
         self.restore()
-        self._saved, self._window, self._ascent = [], [], None
+        self.__dict__.update(_no_run())
 
-    # ------------------------------------------------------------------ one micro-batch
-
-    def _perturb_micro(self, step: Step, total: Tensor) -> Tensor:
-        weights = step.trainable_parameters()
-        gradients = self._gradients(step, total, weights)
-        second = self._ascend(step, weights, gradients, [step])
-        step.log(self, second.detach() - total.detach())
-        step.forget()
-        return second
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to a run under way stays with it.
+        return {**super().__getstate__(), **_no_run()}
 
     # ------------------------------------------------------------------ a whole window
 
     def _perturb_window(self, step: Step, total: Tensor) -> Tensor:
-        """Collect first-pass gradients; at the window's end replay all its micro-batches."""
-        count = int(step.trainer.accumulate_grad_batches)
+        """Sum first-pass gradients; at the window's end take its second pass as a whole."""
         weights = step.trainable_parameters()
-        gradients = [g / count for g in self._gradients(step, total, weights)]
+        self._ascent = _sum_into(self._ascent, _gradients(step, total, weights))
+        for earlier in self._window[-1:]:
+            earlier.drop_outputs()
         self._window.append(step)
-        if self._ascent is None:
-            self._ascent = gradients
-        else:
-            torch._foreach_add_(self._ascent, gradients)
+        self._clean.append(total.detach())
         if step.trainer.fit_loop._should_accumulate():
-            # Nothing may reach `.grad` yet: only the value is handed on, on a leaf of its own.
-            return total.detach() + torch.zeros_like(total, requires_grad=True)
-        window, ascent = self._window, self._ascent
-        self._window, self._ascent = [], None
-        if self.sharpness == "global" and step.comm.world_size > 1:
-            ascent = _mean_over_ranks(step, ascent)
-        second = self._ascend(step, weights, ascent, window)
-        step.log(self, second.detach() - total.detach())
-        for micro in window[:-1]:
-            # DDP's hooks are idle inside its forward, so these gradients stay local until the
-            # last micro-batch's backward reduces the sum.
-            _scale(step, micro.rerun() / count).backward()
-            micro.forget()
-        step.forget()
-        return second
+            # The second pass brings this micro-batch's gradient: only the value is handed on.
+            return _value_of(total.detach(), torch.zeros_like(total, requires_grad=True), [], [])
+        window, clean, ascent = self._window, self._clean, self._ascent
+        self._window, self._clean, self._ascent = [], [], []
+        self._ascend(weights, self._average(step, ascent), window)
+        return self._second_pass(weights, window, clean)
 
-    def _ascend(
-        self, step: Step, weights: list[nn.Parameter], gradients: list[Tensor], window: list[Step]
-    ) -> Tensor:
-        """Move the weights; returns the loss of the window's last micro-batch there."""
-        strength = step.strength(self)
-        self._save(weights)
-        displacement: list[Tensor] | None = None
-        for index in range(self.steps):
-            if self._finite(step, gradients):
-                move = self.perturbation(weights, gradients, strength)
-                displacement = move if displacement is None else _sum(displacement, move)
-                displacement = self.constrain(displacement, strength)
-                self._place(displacement)
-            if index + 1 < self.steps:
-                gradients = self._window_gradients(step, weights, window)
-        return window[-1].rerun()
-
-    def _window_gradients(
-        self, step: Step, weights: list[nn.Parameter], window: list[Step]
-    ) -> list[Tensor]:
-        parts = [self._gradients(step, micro.rerun(), weights) for micro in window]
-        total = parts[0]
-        for part in parts[1:]:
-            torch._foreach_add_(total, part)
+    def _average(self, step: Step, total: list[Tensor]) -> list[Tensor]:
+        """From a rank's sum over micro-batches to the gradient that ``sharpness`` asks for."""
         if self.sharpness == "micro":
             return total
-        torch._foreach_div_(total, int(step.trainer.accumulate_grad_batches))
-        if self.sharpness == "global" and step.comm.world_size > 1:
-            return _mean_over_ranks(step, total)
-        return total
+        torch._foreach_div_(total, float(step.trainer.accumulate_grad_batches))
+        return _mean_over_ranks(step, total) if self.sharpness == "global" else total
 
-    def _gradients(self, step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
-        """Gradients of the unscaled loss, taken through the AMP scale so that none underflows."""
-        scaled = _scale(step, total)
-        found = torch.autograd.grad(scaled, weights, allow_unused=True)
-        gradients = [
-            torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)
-        ]
-        if _scaler(step) is not None:
-            torch._foreach_div_(gradients, _scale(step, torch.ones((), device=total.device)))
-        return gradients
+    # ------------------------------------------------------------------ both passes
+
+    def _ascend(
+        self, weights: list[nn.Parameter], gradients: list[Tensor], window: list[Step]
+    ) -> None:
+        """Move the weights to where the gradient is to be taken."""
+        step = window[-1]
+        strength = step.strength(self)
+        self._save(weights)
+        displacement: list[Tensor] = []
+        for index in range(self.steps):
+            if index > 0:
+                gradients = self._window_gradients(weights, window)
+            if not self._finite(step, gradients):
+                continue
+            with torch.no_grad():
+                move = self.perturbation(weights, gradients, strength)
+                if displacement:
+                    move = list(torch._foreach_add(displacement, move))  # type: ignore[arg-type]
+                displacement = self.constrain(move, strength)
+                self._place(displacement)
+
+    def _window_gradients(self, weights: list[nn.Parameter], window: list[Step]) -> list[Tensor]:
+        total: list[Tensor] = []
+        for micro in window:
+            total = _sum_into(total, _gradients(micro, micro.rerun(), weights))
+        return self._average(window[-1], total)
+
+    def _second_pass(
+        self, weights: list[nn.Parameter], window: list[Step], clean: list[Tensor]
+    ) -> Tensor:
+        """A loss with the clean value and the gradient at the perturbed weights.
+
+        Gradients of earlier micro-batches are kept out of ``.grad``: the last one's backward
+        carries them, so every kind of DDP sees one ordinary backward per window.
+        """
+        step, rise = window[-1], torch.zeros_like(clean[-1])
+        carried: list[Tensor] = []
+        for micro, loss in zip(window, clean, strict=True):
+            second = micro.rerun()
+            micro.forget()
+            rise += second.detach() - loss
+            if micro is not step:
+                carried = _sum_into(carried, _gradients(micro, second, weights))
+        step.log(self, rise / len(window))
+        return _value_of(clean[-1], second, carried, weights)
 
     def _finite(self, step: Step, gradients: list[Tensor]) -> bool:
         """Under fp16 an overflow on any rank skips the perturbation on all of them."""
@@ -193,34 +206,80 @@ class WeightPerturbation(Regularizer):
         return not step.comm.any(~torch.isfinite(norms).all())
 
     def _save(self, weights: list[nn.Parameter]) -> None:
-        if len(self._saved) != len(weights):
-            self._saved = [torch.empty_like(w) for w in weights]
+        if [w.shape for w in weights] != [s.shape for s in self._saved]:
+            self._saved = [torch.empty_like(w, requires_grad=False) for w in weights]
         with torch.no_grad():
-            torch._foreach_copy_(self._saved, weights)
+            torch._foreach_copy_(self._saved, list(weights))
         self._moved = list(weights)
 
     def _place(self, displacement: list[Tensor]) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(self._moved, self._saved)
-            torch._foreach_add_(self._moved, displacement)
+        torch._foreach_copy_(self._moved, self._saved)
+        torch._foreach_add_(self._moved, displacement)  # type: ignore[arg-type]
 
 
-def _sum(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_add(one, other))
+def _no_run() -> dict[str, Any]:
+    return {key: [] for key in ("_saved", "_moved", "_window", "_clean", "_ascent")}
 
 
-def _scaler(step: Step) -> object | None:
+class _Value(torch.autograd.Function):
+    """The value of one loss with the gradient of another, plus given gradients of weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, loss: Tensor, carried: list[Tensor], *weights: Tensor
+    ) -> Tensor:
+        ctx.carried = carried
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        parts = list(torch._foreach_mul(ctx.carried, grad)) if ctx.carried else []
+        return None, grad, None, *parts
+
+
+def _value_of(
+    value: Tensor, loss: Tensor, carried: list[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    result: Tensor = _Value.apply(value, loss, carried, *(weights if carried else ()))  # type: ignore[no-untyped-call]
+    return result
+
+
+def _gradients(step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
+    """Gradients of the unscaled loss, taken through the AMP scale so that none underflows."""
+    scaler = _scaler(step)
+    scaled = total if scaler is None else scaler.scale(total)
+    found = torch.autograd.grad(scaled, weights, allow_unused=True)
+    gradients = [_dense(w, g) for w, g in zip(weights, found, strict=True)]
+    if scaler is None:
+        return gradients
+    return list(torch._foreach_div(gradients, scaler.scale(torch.ones((), device=total.device))))
+
+
+def _sum_into(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:
+    """Add in place to ``total``, which starts as a copy: autograd may hand out one tensor twice."""
+    if not total:
+        return [p.clone(memory_format=torch.contiguous_format) for p in part]
+    torch._foreach_add_(total, part)  # type: ignore[arg-type]
+    return total
+
+
+def _dense(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(weight, requires_grad=False)
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _scaler(step: Step) -> Any:
     return getattr(step.trainer.precision_plugin, "scaler", None)
 
 
-def _scale(step: Step, loss: Tensor) -> Tensor:
-    scaler = _scaler(step)
-    return loss if scaler is None else scaler.scale(loss)  # type: ignore[attr-defined,no-any-return]
-
-
 def _mean_over_ranks(step: Step, tensors: list[Tensor]) -> list[Tensor]:
-    """One collective for all tensors."""
-    flat = torch.cat([t.reshape(-1).float() for t in tensors])
+    """One collective for all tensors, in float32 at least."""
+    if step.comm.world_size == 1:
+        return tensors
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    if flat.dtype in (torch.float16, torch.bfloat16):
+        flat = flat.float()
     flat = step.comm.reduce(flat, "mean")
     parts = flat.split([t.numel() for t in tensors])
     return [p.view_as(t).to(t.dtype) for p, t in zip(parts, tensors, strict=True)]

@@ -1,1 +1,1 @@
-"""."""
+"""The strategy ``ddp_reg``: DDP with a guard over the replicas."""

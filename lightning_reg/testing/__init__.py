@@ -1,6 +1,9 @@
 """The contract that every technique keeps, for users' own techniques too."""
 
 from lightning_reg.testing.case import ContractCase, Probe
+from lightning_reg.testing.checks import CHECKS, Check
+from lightning_reg.testing.contract import check_regularizer
+from lightning_reg.testing.errors import ContractError
 from lightning_reg.testing.hosts import (
     AutoencoderHost,
     ClassifierHost,
@@ -14,9 +17,12 @@ from lightning_reg.testing.hosts import (
 from lightning_reg.testing.ranks import RankError, RankPair, rank_trainer
 
 __all__ = [
+    "CHECKS",
     "AutoencoderHost",
+    "Check",
     "ClassifierHost",
     "ContractCase",
+    "ContractError",
     "ContractHost",
     "DictBatchHost",
     "HostOptions",
@@ -26,5 +32,6 @@ __all__ = [
     "RankPair",
     "RegressorHost",
     "SeveralLossesHost",
+    "check_regularizer",
     "rank_trainer",
 ]

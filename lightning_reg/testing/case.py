@@ -71,6 +71,10 @@ class ContractCase:
             gives the module; ``host`` is then the same module without the mixin.
         stage: ``"test"`` for techniques that act in ``trainer.test``.
         yaml: arguments for the YAML round trip, where ``args`` are not plain.
+        logs: the log keys that must be there; ``()`` for none. Default: ``reg/<name>`` for
+            techniques that act in a phase which has a value.
+        joint: changes to ``args`` under which a technique whose semantics are ``"local"`` equals
+            one process with the joint batch, where it has such an option.
         tolerance: of comparisons that are equal up to rounding, relative to the largest weight.
 
     Example:
@@ -97,4 +101,6 @@ class ContractCase:
     mixin: Callable[..., pl.LightningModule] | None = None
     stage: Literal["fit", "test"] = "fit"
     yaml: Mapping[str, Any] | None = None
+    logs: Sequence[str] | None = None
+    joint: Mapping[str, Any] | None = None
     tolerance: float = 1e-5

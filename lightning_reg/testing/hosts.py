@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -31,7 +33,10 @@ class HostOptions:
         omit: a signal that cannot be found: ``"logits"``, ``"targets"``, ``"inputs"``,
             ``"domain"``, ``"sample_index"``.
         fail_at: the training step (from 0) that raises :class:`HostFailure`.
+        fail_call: which run of that step raises: 1 is the second pass of a technique that has
+            one.
         nan_at: the training step whose inputs are NaN.
+        nan_rank: the only rank that gets them; all by default.
         lr: the learning rate.
     """
 
@@ -40,7 +45,9 @@ class HostOptions:
     manual: bool = False
     omit: str | None = None
     fail_at: int | None = None
+    fail_call: int = 0
     nan_at: int | None = None
+    nan_rank: int | None = None
     lr: float = 0.1
 
 
@@ -52,6 +59,8 @@ class SampleCount(Metric):
     """Counts samples and right answers: shows an update that is lost or made twice."""
 
     full_state_update = False
+    samples: Tensor
+    correct: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +102,12 @@ class ContractHost(RegularizeMixin, pl.LightningModule):
 
     Args:
         options: the variant.
+
+    Attributes:
+        omits: the signals that ``HostOptions.omit`` can take away from this host.
     """
+
+    omits: ClassVar[frozenset[str]] = frozenset({"sample_index"})
 
     def __init__(self, options: HostOptions | None = None) -> None:
         super().__init__()
@@ -106,6 +120,7 @@ class ContractHost(RegularizeMixin, pl.LightningModule):
             self.build(options)
             self.unused = nn.Linear(2, 2).requires_grad_(False)
         self.seen: list[tuple[Tensor, Tensor]] = []
+        self._calls = 0
 
     def build(self, options: HostOptions) -> None:
         """Make the submodules; the random seed is fixed."""
@@ -124,21 +139,26 @@ class ContractHost(RegularizeMixin, pl.LightningModule):
         """One step of any host."""
         options = self.options
         if options.fail_at == self.trainer.global_step:
-            raise HostFailure("the host fails in this step, as it was told to")
-        loss, signals = self.compute(self._poisoned(batch))
+            self._calls += 1
+            if self._calls > options.fail_call:
+                raise HostFailure("the host fails in this step, as it was told to")
+        with recorded(self) if options.manual else nullcontext() as features:
+            loss, signals = self.compute(self._poisoned(batch, self.trainer.global_step))
         self.log("loss", loss, prog_bar=False)
         self.seen.append((loss.detach().clone(), signals["logits"].detach().clone()))
         self._count(batch, signals["logits"])
         if options.manual:
             optimizer = self.optimizers()
             optimizer.zero_grad()  # type: ignore[union-attr]
-            self.manual_backward(self.regularize(loss, **signals))
+            given = {"features": features, **signals}
+            self.manual_backward(self.regularize(loss, **given))
             optimizer.step()  # type: ignore[union-attr]
         return loss
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Keep what the network says."""
-        loss, signals = self.compute(batch)
+        loss, signals = self.compute(self._poisoned(batch, batch_idx))
+        self._count(batch, signals["logits"])
         self.seen.append((loss.detach().clone(), signals["logits"].detach().clone()))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -150,8 +170,9 @@ class ContractHost(RegularizeMixin, pl.LightningModule):
         labels = logits.detach().flatten(1).argmax(1)
         self.counted.update(labels, labels)
 
-    def _poisoned(self, batch: Any) -> Any:
-        if self.options.nan_at != self.trainer.global_step:
+    def _poisoned(self, batch: Any, step: int) -> Any:
+        options = self.options
+        if options.nan_at != step or options.nan_rank not in (None, self.trainer.global_rank):
             return batch
         nan = float("nan")
         if isinstance(batch, dict):
@@ -163,6 +184,8 @@ class ContractHost(RegularizeMixin, pl.LightningModule):
 
 class ClassifierHost(ContractHost):
     """A small classifier on vectors: ``encoder`` (8 to 16) and ``head`` (16 to 4)."""
+
+    omits = ContractHost.omits | {"inputs", "targets", "logits"}
 
     def build(self, options: HostOptions) -> None:
         """A layer, a head, and what the options add."""
@@ -226,6 +249,7 @@ class ImageHost(ClassifierHost):
         x, y = self.split(batch)
         hidden = self.encoder.forward(self.stem.forward(x))
         logits = self.head.forward(self.dropout.forward(hidden))
+        assert y is not None
         return F.cross_entropy(logits, y), {"logits": logits, "inputs": x, "targets": y}
 
     @staticmethod
@@ -236,6 +260,8 @@ class ImageHost(ClassifierHost):
 
 class DictBatchHost(ClassifierHost):
     """A classifier whose batch is a dict with ``x``, ``y`` and ``domain`` (two domains)."""
+
+    omits = ContractHost.omits | {"inputs", "targets", "logits", "domain"}
 
     def split(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Inputs and labels of a batch."""
@@ -260,6 +286,8 @@ class DictBatchHost(ClassifierHost):
 class RegressorHost(ClassifierHost):
     """The classifier's network with a squared loss on four float targets."""
 
+    omits = ContractHost.omits | {"inputs", "targets"}
+
     def compute(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Mean squared error."""
         x, y = self.split(batch)
@@ -280,6 +308,8 @@ class RegressorHost(ClassifierHost):
 
 class AutoencoderHost(ContractHost):
     """An autoencoder on vectors: ``encoder`` (8 to 3) and ``decoder`` (3 to 8)."""
+
+    omits = ContractHost.omits | {"inputs"}
 
     def build(self, options: HostOptions) -> None:
         """Two layers."""
@@ -309,6 +339,8 @@ class AutoencoderHost(ContractHost):
 class SeveralLossesHost(ClassifierHost):
     """A classifier whose loss is the cross-entropy plus an activity term."""
 
+    omits = ContractHost.omits | {"inputs", "targets"}
+
     def compute(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """Two losses."""
         x, y = self.split(batch)
@@ -317,6 +349,26 @@ class SeveralLossesHost(ClassifierHost):
         entropy = logits.logsumexp(1).mean() if y is None else F.cross_entropy(logits, y)
         loss = entropy + 0.1 * hidden.square().mean()
         return loss, {"logits": logits, "inputs": x, "targets": y}
+
+
+@contextmanager
+def recorded(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The outputs of submodules by name, while the context is open; of several calls the last."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(part: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs[name] = output
+
+        return hook
+
+    handles = [p.register_forward_hook(keep(name)) for name, p in module.named_modules() if name]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def indexed(dataset: Dataset[Any], options: HostOptions) -> Dataset[Any]:

@@ -97,15 +97,15 @@ class RankPair:
         answers: dict[int, tuple[bool, Any]] = {}
         seconds = self.timeout
         while len(answers) < self.world_size:
-            waiting = {p: r for r, p in enumerate(self._pipes) if r not in answers}
-            ready = wait(list(waiting), seconds)
+            waiting = [r for r in range(self.world_size) if r not in answers]
+            ready = wait([self._pipes[r] for r in waiting], seconds)
             if not ready:
-                for rank in waiting.values():
-                    answers[rank] = (False, f"rank {rank} did not answer")
-            for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                answers |= {r: (False, f"rank {r} did not answer") for r in waiting}
+            for rank in waiting:
+                if self._pipes[rank] not in ready:
+                    continue
                 try:
-                    answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                    answers[rank] = self._pipes[rank].recv()
                 except (EOFError, OSError):
                     answers[rank] = (False, f"rank {rank} died")
                 if not answers[rank][0]:

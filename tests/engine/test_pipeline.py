@@ -332,7 +332,7 @@ def test_manual_optimization_without_the_mixin_is_refused():
             super().__init__()
             self.automatic_optimization = False
 
-    with pytest.raises(UnsupportedError, match="self.regularize"):
+    with pytest.raises(UnsupportedError, match=r"self\.regularize"):
         fit([Confidence(0.3)], module=Bare())
 
 

@@ -1,0 +1,186 @@
+"""What the package holds, found by looking at its classes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from lightning_reg import metrics as _metrics
+from lightning_reg import monitors as _monitors
+from lightning_reg import techniques as _techniques
+from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.paper import Paper
+from lightning_reg.engine.regularizer import Regularizer
+from lightning_reg.engine.technique import Technique
+
+_MECHANISMS = "lightning_reg.mechanisms."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One technique or metric.
+
+    Attributes:
+        name: its class, importable from ``lightning_reg``.
+        family: the folder that it lives in.
+        mechanism: its way of acting; ``None`` for mixins and metrics that have none.
+        kinds: how it can be used: ``"callback"``, ``"mixin"``, ``"function"``, ``"metric"``.
+        papers: what it implements.
+        function: the name of its function in ``lightning_reg.functional``.
+        signals: what it needs from the training step.
+        semantics: over ranks; ``None`` for metrics, which are exact over ranks.
+        exemptions: checks of the contract that it is exempt from, with the reasons.
+        summary: the first line of its card.
+    """
+
+    name: str
+    family: str
+    mechanism: str | None
+    kinds: tuple[str, ...]
+    papers: tuple[Paper, ...]
+    function: str | None
+    signals: tuple[str, ...]
+    semantics: str | None
+    exemptions: dict[str, str]
+    summary: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def techniques() -> list[type[Technique]]:
+    """Every technique, callbacks and mixins, by name."""
+    return _classes(_techniques, Technique)
+
+
+def callbacks() -> list[type[Regularizer]]:
+    """The techniques that are added to a Trainer."""
+    return [t for t in techniques() if issubclass(t, Regularizer)]
+
+
+def mixins() -> list[type[Technique]]:
+    """The techniques that a LightningModule subclasses."""
+    return [t for t in techniques() if not issubclass(t, Regularizer)]
+
+
+def metrics() -> list[type[Any]]:
+    """Every metric class, by name."""
+    from torchmetrics import Metric
+
+    return _classes(_metrics, Metric)
+
+
+def monitors() -> list[type[Any]]:
+    """Every monitor, by name."""
+    from lightning.pytorch.callbacks import Callback
+
+    return _classes(_monitors, Callback)
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    """The public functions of techniques and metrics, by name."""
+    found = {}
+    for module in [*_modules(_techniques), *_modules(_metrics)]:
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if inspect.isfunction(value) and value.__module__ == module.__name__:
+                found[name] = value
+    return dict(sorted(found.items()))
+
+
+def entries() -> list[Entry]:
+    """Techniques and metrics as the command line lists them."""
+    found = [_entry(c) for c in techniques()] + [_metric_entry(c) for c in metrics()]
+    return sorted(found, key=lambda e: (e.family, e.name))
+
+
+def find(name: str) -> type[Any]:
+    """A technique, metric or monitor by its class name, in any case.
+
+    Raises:
+        ArgumentError: if there is none; the message holds the nearest names.
+    """
+    known = {c.__name__: c for c in [*techniques(), *metrics(), *monitors()]}
+    match = {key.lower(): key for key in known}.get(name.lower())
+    if match is not None:
+        return known[match]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    raise ArgumentError(
+        "lightning_reg",
+        f"there is no technique named {name!r}"
+        + (f"; did you mean {' or '.join(near)}" if near else ""),
+        cure="lightning-reg list",
+    )
+
+
+def _entry(cls: type[Technique]) -> Entry:
+    kinds = ("callback",) if issubclass(cls, Regularizer) else ("mixin",)
+    return Entry(
+        name=cls.__name__,
+        family=_family(cls),
+        mechanism=_mechanism(cls),
+        kinds=kinds + (("function",) if cls.function is not None else ()),
+        papers=cls.papers,
+        function=getattr(cls.function, "__name__", None),
+        signals=cls.needs,
+        semantics=cls.semantics,
+        exemptions=dict(cls.exemptions),
+        summary=_summary(cls),
+    )
+
+
+def _metric_entry(cls: type[Any]) -> Entry:
+    function = getattr(cls, "function", None)
+    return Entry(
+        name=cls.__name__,
+        family="metrics",
+        mechanism=None,
+        kinds=("metric",) + (("function",) if function is not None else ()),
+        papers=getattr(cls, "papers", ()),
+        function=getattr(function, "__name__", None),
+        signals=(),
+        semantics=None,
+        exemptions={},
+        summary=_summary(cls),
+    )
+
+
+def _family(cls: type[Any]) -> str:
+    return cls.__module__.split(".")[2]
+
+
+def _mechanism(cls: type[Any]) -> str | None:
+    found = (b.__name__ for b in cls.__mro__ if b.__module__.startswith(_MECHANISMS))
+    return next(found, None)
+
+
+def _summary(cls: type[Any]) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def _classes(package: ModuleType, base: type[Any]) -> list[type[Any]]:
+    found = {
+        value.__name__: value
+        for module in _modules(package)
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+        and not inspect.isabstract(value)
+        and value.__name__ in getattr(module, "__all__", ())
+    }
+    return [found[name] for name in sorted(found)]
+
+
+def _modules(package: ModuleType) -> Iterator[ModuleType]:
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not info.ispkg:
+            yield importlib.import_module(info.name)

@@ -1,0 +1,1 @@
+"""Trains one small model with and without techniques, and says what differs."""

@@ -1,0 +1,86 @@
+"""Finds the signals of a user's step outside of the training pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_reg.engine.capture import Capture
+from lightning_reg.engine.communicator import Communicator
+from lightning_reg.engine.signals import SignalReader
+from lightning_reg.engine.step import Step
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_reg.engine.regularizer import Regularizer
+
+
+class Observer:
+    """Runs a step of the user's and gives the :class:`Step` in which its signals are found.
+
+    For techniques that act where no pipeline is: in a test, or on data between two fits.
+
+    Args:
+        technique: for whom signals are looked up.
+        trainer: the Trainer of the run.
+        module: the user's module.
+        hook: the step's name, for messages.
+    """
+
+    def __init__(
+        self,
+        technique: Regularizer,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        hook: str,
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.hook = hook
+        self.comm = Communicator.of(trainer)
+        self._technique = technique
+        self._reader = SignalReader(technique, module)
+        self._capture = Capture()
+        self._capture.attach(module, self._reader.layers())
+
+    def reader(self, technique: Regularizer) -> SignalReader:
+        """Where the technique looks."""
+        return self._reader
+
+    def observe(self, run: Callable[[Any], Any], batch: Any, batch_idx: int = 0) -> Step:
+        """Call ``run`` with the batch as the user's step sees it.
+
+        Args:
+            run: the user's step; gets the batch without the index of an ``IndexedDataset``.
+            batch: the batch.
+            batch_idx: its position.
+        """
+        step = Step(self, batch, batch_idx)  # type: ignore[arg-type]
+        step.hook = self.hook
+        with self._capture.recording() as records:
+            step.outputs = run(step.batch)
+        step.records = records
+        return step.asked_by(self._technique)
+
+    def close(self) -> None:
+        """Stop to watch the module."""
+        self._capture.detach()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode; afterwards each in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+__all__ = ["Observer", "evaluating"]

@@ -1,0 +1,136 @@
+"""Penalties on the representation of a whole batch: spectra, correlations, distances.
+
+A technique supplies :meth:`FeaturePenalty.value`: a scalar of the rows (N, d) of all ranks. The
+mechanism takes care of
+
+- capturing the output of ``layer``, in float32 at least, and nothing else of the network;
+- making rows of feature maps and token sequences (``pooling``);
+- gathering the rows of all ranks *with gradients* before the technique computes anything of
+  them, since a spectrum of a shard is not a share of the joint spectrum. Ranks may hold
+  different numbers of rows.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Step
+from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.technique import Semantics
+
+Pooling = Literal["mean", "flatten", "positions", "first"]
+_POOLING = ("mean", "flatten", "positions", "first")
+
+
+class FeaturePenalty(Regularizer):
+    """Base of penalties on the features of all samples of all ranks.
+
+    Args:
+        strength: the multiplier.
+        layer: the submodule whose output is meant (``"encoder"``, ``"net.3"``), or
+            ``"outputs.<key>"`` of the dict that ``training_step`` returns. ``None`` under manual
+            optimization, where ``self.regularize(loss, features=...)`` hands them over.
+        pooling: how outputs with positions become rows. ``"mean"``: the average over positions;
+            ``"flatten"``: all positions one behind the other; ``"positions"``: each position is
+            a row; ``"first"``: the first position (a class token).
+        feature_dim: where the features lie in outputs of more than two dimensions; by default
+            last in three dimensions (B, T, d) and second in more (B, d, H, W).
+        name: the name in logs and checkpoints.
+    """
+
+    semantics: ClassVar[Semantics] = "global"
+    needs: ClassVar[tuple[str, ...]] = ("features",)
+    reads: ClassVar[frozenset[str]] = frozenset({"features"})
+
+    def __init__(
+        self,
+        strength: float | Schedule,
+        *,
+        layer: str | None = None,
+        pooling: Pooling = "mean",
+        feature_dim: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(strength, name=name)
+        owner = type(self).__name__
+        if layer is not None and (not isinstance(layer, str) or not layer):
+            problem = f"`layer` must be the name of a submodule, got {layer!r}"
+            raise ArgumentError(self, problem, cure=f'{owner}(layer="encoder")')
+        if pooling not in _POOLING:
+            problem = f"`pooling` must be one of {', '.join(_POOLING)}, got {pooling!r}"
+            raise ArgumentError(self, problem, cure=f'{owner}(layer="encoder", pooling="mean")')
+        whole = isinstance(feature_dim, int) and not isinstance(feature_dim, bool)
+        if feature_dim is not None and not (whole and feature_dim != 0):
+            problem = f"`feature_dim` must be a dimension other than 0, got {feature_dim!r}"
+            raise ArgumentError(self, problem, cure=f'{owner}(layer="encoder", feature_dim=1)')
+        self.layer = layer
+        self.pooling = pooling
+        self.feature_dim = feature_dim
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The submodules to capture."""
+        return () if self.layer is None else (self.layer,)
+
+    @abstractmethod
+    def value(self, features: Tensor) -> Tensor:
+        """The penalty, a scalar, of the rows (N, d) of all ranks."""
+
+    def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a layer that is not there, and no layer where none is handed over."""
+        known = [name for name, _ in pl_module.named_modules() if name]
+        if self.layer is None:
+            if pl_module.automatic_optimization:
+                raise ArgumentError(
+                    self,
+                    "`layer` must name the submodule whose output is meant; this module has "
+                    f"{_few(known)}",
+                    cure=f'{type(self).__name__}(layer="{known[0] if known else "encoder"}")',
+                )
+        elif not self.layer.startswith("outputs.") and self.layer not in known:
+            raise ArgumentError(
+                self,
+                f"`layer` is {self.layer!r}, which this module does not have; it has {_few(known)}",
+                cure=f'{type(self).__name__}(layer="{known[0] if known else "encoder"}")',
+            )
+
+    def penalty(self, step: Step) -> Tensor:
+        """Phase 4."""
+        features = step.feature(self.layer or "features")
+        return self.value(step.comm.gather(self._rows(features)))
+
+    def _rows(self, features: Tensor) -> Tensor:
+        if features.ndim == 2:
+            return features
+        if features.ndim < 2:
+            raise RegularizationError(
+                self,
+                f"needs features (B, d) or with more dimensions, got {tuple(features.shape)}",
+                cure=f'{type(self).__name__}(layer="<a layer that returns a vector per sample>")',
+            )
+        if self.pooling == "flatten":
+            return features.flatten(1)
+        default = -1 if features.ndim == 3 else 1
+        dim = default if self.feature_dim is None else self.feature_dim
+        if not -features.ndim <= dim < features.ndim:
+            raise ArgumentError(
+                self,
+                f"`feature_dim` is {dim}, but the features are {tuple(features.shape)}",
+                cure=f'{type(self).__name__}(layer="{self.layer}", feature_dim=1)',
+            )
+        positions = features.movedim(dim, -1).flatten(1, -2)
+        if self.pooling == "mean":
+            return positions.mean(1)
+        return positions[:, 0] if self.pooling == "first" else positions.flatten(0, 1)
+
+
+def _few(names: list[str], limit: int = 12) -> str:
+    shown = ", ".join(names[:limit]) or "no submodules"
+    return shown + (", ..." if len(names) > limit else "")
+
+
+__all__ = ["FeaturePenalty", "Pooling"]

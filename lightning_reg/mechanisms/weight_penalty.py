@@ -1,0 +1,136 @@
+"""Penalties on weights alone, from their closed form.
+
+A technique supplies two methods over a list of matrices, one matrix a weight and one row an output
+unit: :meth:`WeightPenalty.values`, the penalty of each, and :meth:`WeightPenalty.closed_form`,
+the same values with their gradients. It may supply :meth:`WeightPenalty.cost`.
+
+The mechanism takes care of
+
+- which weights count: tied ones once, frozen ones and other optimizers' never;
+- the matrix form of convolutions, transposed and grouped ones too, in float32 at least;
+- the place in the step. ``mode="gradient"``: without autograd, once per optimizer step, when
+  gradients are summed, reduced over ranks and unscaled, so that neither accumulation nor AMP
+  changes the effective strength; ``mode="loss"``: a term of the loss, for those who differentiate
+  through it. The two are equal to rounding;
+- the log, which shows the sum over weights without the strength.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from lightning_reg.engine import ParameterSelection, ParameterUpdate, Schedule, Step
+from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.step import RunContext, full_precision
+from lightning_reg.engine.technique import Semantics
+from lightning_reg.mechanisms.selected_weights import SelectedWeights
+
+Mode = Literal["gradient", "loss"]
+_MODES = ("gradient", "loss")
+
+
+class WeightPenalty(SelectedWeights):
+    """Base of penalties that are a sum over weights.
+
+    Args:
+        strength: the multiplier.
+        parameters: a regular expression on parameter names, or a :class:`ParameterSelection`;
+            ``None`` takes the weights of all linear and convolutional layers.
+        mode: ``"gradient"`` adds the closed-form gradient once per optimizer step; ``"loss"``
+            adds the value to the loss of every micro-batch.
+        name: the name in logs and checkpoints.
+    """
+
+    semantics: ClassVar[Semantics] = "replica"
+    reads: ClassVar[frozenset[str]] = frozenset({"weights"})
+    writes: ClassVar[frozenset[str]] = frozenset({"gradients"})
+
+    def __init__(
+        self,
+        strength: float | Schedule,
+        *,
+        parameters: str | ParameterSelection | None = None,
+        mode: Mode = "gradient",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(strength, parameters=parameters, name=name)
+        if mode not in _MODES:
+            raise ArgumentError(
+                self,
+                f"`mode` must be one of {', '.join(_MODES)}, got {mode!r}",
+                cure=f'{type(self).__name__}(mode="gradient")',
+            )
+        self.mode = mode
+
+    @abstractmethod
+    def values(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The penalty (N,) of each of N matrices (out, in), differentiable."""
+
+    @abstractmethod
+    def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The penalties (N,) and their gradients, of the shapes of the matrices."""
+
+    def cost(self, weight: Tensor) -> float:
+        """The relative cost of one weight, for sharing the work out over ranks."""
+        return float(weight.numel())
+
+    def acts_in(self, phase: str) -> bool:
+        """Only the loss of ``mode="loss"`` is the user's business under manual optimization."""
+        return phase != "penalty" or self.mode == "loss"
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """Phase 4, in ``mode="loss"``."""
+        if self.mode != "loss":
+            return None
+        weights = {n: w for n, w in self.selected(step).items() if w.requires_grad}
+        return self.values(self._matrices(step, weights)).sum() if weights else None
+
+    def parameter_gradient(self, update: ParameterUpdate) -> Tensor | None:
+        """Phase 6, in ``mode="gradient"``."""
+        weights = update.trainable(self.selected(update)) if self.mode == "gradient" else {}
+        if not weights:
+            return None
+        values, gradients = self.closed_form(self._matrices(update, weights))
+        shaped = [
+            _as_weight(gradient, weight, _transposed_groups(update.module, name))
+            for gradient, (name, weight) in zip(gradients, weights.items(), strict=True)
+        ]
+        update.add_gradients(self, list(weights.values()), shaped)
+        return values.sum()
+
+    def _matrices(self, context: RunContext, weights: Mapping[str, nn.Parameter]) -> list[Tensor]:
+        return [
+            full_precision(_as_matrix(weight, _transposed_groups(context.module, name)))
+            for name, weight in weights.items()
+        ]
+
+
+def _transposed_groups(module: nn.Module, name: str) -> int:
+    """The groups of a transposed convolution, whose first dimension is its input; else 0."""
+    holder: Any = module.get_submodule(name.rpartition(".")[0])
+    is_kernel = name.endswith("weight") and getattr(holder, "transposed", False)
+    return int(holder.groups) if is_kernel else 0
+
+
+def _as_matrix(weight: Tensor, transposed_groups: int = 0) -> Tensor:
+    """(out, ...) to (out, in); (in, out / groups, ...) of a transposed convolution as well."""
+    if not transposed_groups:
+        return weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
+    grouped = weight.unflatten(0, (transposed_groups, -1))
+    return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _as_weight(matrix: Tensor, weight: Tensor, transposed_groups: int = 0) -> Tensor:
+    """The inverse of :func:`_as_matrix`."""
+    if not transposed_groups:
+        return matrix.view_as(weight)
+    inputs = weight.shape[0] // transposed_groups
+    grouped = matrix.view(transposed_groups, weight.shape[1], inputs, *weight.shape[2:])
+    return grouped.transpose(1, 2).flatten(0, 1)
+
+
+__all__ = ["Mode", "WeightPenalty"]

@@ -1,0 +1,80 @@
+"""How probable the targets are under the predictions, and how often the top class is right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.metrics.exact import MeanMetric
+from lightning_reg.metrics.inputs import high_precision, log_probabilities
+
+__all__ = ["ExpectedAccuracy", "NegativeLogLikelihood"]
+
+
+class NegativeLogLikelihood(MeanMetric):
+    """The mean of ``-log p(target)`` in nats; with soft targets their cross-entropy.
+
+    The state is a float64 sum (float32 on MPS) and an int64 count. Infinite where a target has
+    probability 0.
+
+    Args:
+        kwargs: those of :class:`~lightning_reg.metrics.exact.ExactMetric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_reg.metrics import NegativeLogLikelihood
+        >>> metric = NegativeLogLikelihood(from_logits=True)
+        >>> metric.update(torch.zeros(1, 4), torch.tensor([2]))
+        >>> metric.compute()
+        tensor(1.3863, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    def values(self, scores: Tensor, targets: Tensor | None) -> Tensor:
+        """The negative log-likelihood of each row."""
+        logs = log_probabilities(scores, self.from_logits)
+        if targets is None:
+            raise ArgumentError(self, "needs targets", cure="metric.update(logits, target)")
+        if not targets.is_floating_point():
+            return -logs.gather(1, targets.long().unsqueeze(1)).squeeze(1)
+        targets = high_precision(targets)
+        if targets.ndim == 1:
+            targets = torch.stack([1 - targets, targets], 1)
+        # A class that the target excludes contributes 0, whatever its probability.
+        return -torch.where(targets > 0, targets * logs, torch.zeros_like(logs)).sum(1)
+
+
+class ExpectedAccuracy(MeanMetric):
+    """The share of right top classes; with soft targets, the target's mass on the top class.
+
+    Args:
+        kwargs: those of :class:`~lightning_reg.metrics.exact.ExactMetric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_reg.metrics import ExpectedAccuracy
+        >>> metric = ExpectedAccuracy(from_logits=True)
+        >>> metric.update(torch.eye(2), torch.tensor([0, 0]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def values(self, scores: Tensor, targets: Tensor | None) -> Tensor:
+        """The correctness of each row."""
+        if targets is None:
+            raise ArgumentError(self, "needs targets", cure="metric.update(logits, target)")
+        if scores.ndim == 1:
+            positive = scores >= (0.0 if self.from_logits else 0.5)
+            targets = high_precision(targets)
+            return torch.where(positive, targets, 1 - targets)
+        top = scores.argmax(1)
+        if targets.is_floating_point():
+            return high_precision(targets.gather(1, top.unsqueeze(1)).squeeze(1))
+        return high_precision(top == targets)

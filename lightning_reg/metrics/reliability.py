@@ -1,0 +1,74 @@
+"""The reliability diagram."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_reg.engine.optional import require
+from lightning_reg.metrics.calibration import Norm, ReliabilityBins, error_of_bins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GAP = "#d95f4c"
+_BAR = "#3b6fb6"
+
+
+def new_figure(width: float = 4.2, height: float = 4.2) -> Figure:
+    """A figure that belongs to no window.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib, naming the line that installs it.
+    """
+    figure = require("matplotlib.figure", "demo", "A reliability diagram").Figure
+    made: Figure = figure(figsize=(width, height), layout="constrained")
+    return made
+
+
+def draw_reliability(
+    bins: ReliabilityBins, *, norm: Norm = "l1", title: str = "", ax: Any = None
+) -> tuple[Figure, Axes]:
+    """Accuracy against confidence by bin, the gap between them, and the share of each bin.
+
+    Args:
+        bins: what was counted.
+        norm: the error that is written into the diagram.
+        title: a line above it.
+        ax: a matplotlib axes to draw into; a new figure without.
+
+    Returns:
+        The figure and the axes.
+    """
+    figure = new_figure() if ax is None else ax.figure
+    axes = figure.add_subplot() if ax is None else ax
+    bins = ReliabilityBins(*(state.detach().cpu() for state in bins))
+    filled = (bins.counts > 0).nonzero().flatten().tolist()
+    width = 1 / len(bins.counts)
+    left = [b * width for b in filled]
+    accuracy = bins.accuracy[filled].tolist()
+    confidence = bins.confidence[filled].tolist()
+    share = (bins.counts[filled] / bins.counts.sum()).tolist()
+    gap = [c - a for a, c in zip(accuracy, confidence, strict=True)]
+    style: dict[str, Any] = {
+        "width": width,
+        "align": "edge",
+        "linewidth": 0.5,
+        "edgecolor": "white",
+    }
+    axes.bar(left, accuracy, color=_BAR, label="accuracy", **style)
+    axes.bar(left, gap, bottom=accuracy, color=_GAP, alpha=0.35, label="gap", **style)
+    axes.step(
+        [0.0, *[x for b in left for x in (b, b, b + width, b + width)], 1.0],
+        [0.0, *[y for s in share for y in (0.0, s, s, 0.0)], 0.0],
+        color="#444444",
+        linewidth=0.8,
+        label="share of samples",
+    )
+    axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
+    error = float(error_of_bins(bins, norm))
+    label = {"l1": "ECE", "l2": "RMS calibration error", "max": "maximum calibration error"}[norm]
+    axes.text(0.04, 0.95, f"{label} {error:.4f}\nn = {int(bins.counts.sum())}", va="top")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=title)
+    axes.legend(loc="lower right", fontsize="small", frameon=False)
+    return figure, axes

@@ -1,0 +1,1 @@
+"""Techniques that keep what earlier tasks taught."""

@@ -1,0 +1,1 @@
+"""Techniques that shape the hidden representation."""

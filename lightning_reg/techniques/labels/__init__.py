@@ -1,0 +1,1 @@
+"""Techniques that soften labels, or act on logits as softened labels do."""

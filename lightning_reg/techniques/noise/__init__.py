@@ -1,0 +1,1 @@
+"""Techniques that inject noise while the network runs, or schedule the noise it has."""

@@ -1,0 +1,1 @@
+"""Techniques that give samples unequal weights."""

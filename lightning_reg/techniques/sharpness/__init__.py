@@ -1,0 +1,1 @@
+"""Techniques that follow the gradient at perturbed weights, towards flat minima."""

@@ -1,0 +1,1 @@
+"""Weights of which most are zero."""

@@ -1,0 +1,54 @@
+"""Every technique of the catalogue keeps every promise of the contract."""
+
+import importlib
+import pkgutil
+
+import pytest
+
+from lightning_reg import catalogue
+from lightning_reg.testing import CHECKS, ContractCase
+from lightning_reg.testing.contract import KEPT, check_exemptions, not_run, run_check
+from lightning_reg.testing.subject import Subject
+from tests.contract import cases
+
+
+def _cases() -> dict[str, ContractCase]:
+    found: dict[str, ContractCase] = {}
+    for info in pkgutil.iter_modules(cases.__path__, f"{cases.__name__}."):
+        entries = importlib.import_module(info.name).CASES
+        twice = found.keys() & entries.keys()
+        assert not twice, f"{info.name} repeats the cases of {sorted(twice)}"
+        found |= entries
+    return found
+
+
+CASES = _cases()
+CLASSES = {cls.__name__: cls for cls in catalogue.techniques()}
+# One subject for all checks of a class: they share runs.
+SUBJECTS = {name: Subject(CLASSES[name], CASES[name]) for name in CLASSES.keys() & CASES.keys()}
+PAIRS = [
+    (name, check)
+    for name in sorted(SUBJECTS)
+    for check in CHECKS
+    if not_run(SUBJECTS[name], check) is None
+]
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_has_a_case_and_reasons_for_its_exemptions(name):
+    assert name in CASES, (
+        f"{name} has no contract case. Add one to a file in tests/contract/cases: "
+        f'CASES = {{"{name}": ContractCase(...)}}'
+    )
+    check_exemptions(CLASSES[name])
+
+
+def test_every_case_belongs_to_a_technique():
+    assert sorted(CASES.keys() - CLASSES.keys()) == []
+
+
+@pytest.mark.parametrize(("name", "check"), PAIRS)
+def test_keeps(name, check, ranks):
+    subject = SUBJECTS[name]
+    subject.ranks = ranks
+    assert run_check(subject, check) == KEPT
