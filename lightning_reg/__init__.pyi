@@ -33,6 +33,7 @@ from lightning_reg.metrics.entropy import PredictiveEntropy as PredictiveEntropy
 from lightning_reg.metrics.likelihood import ExpectedAccuracy as ExpectedAccuracy
 from lightning_reg.metrics.likelihood import NegativeLogLikelihood as NegativeLogLikelihood
 from lightning_reg.monitors.calibration import CalibrationMonitor as CalibrationMonitor
+from lightning_reg.techniques.continual.previous_task_anchor import PreviousTaskAnchor as PreviousTaskAnchor
 from lightning_reg.techniques.features.von_neumann_entropy import VonNeumannEntropy as VonNeumannEntropy
 from lightning_reg.techniques.generative.r1_penalty import R1Penalty as R1Penalty
 from lightning_reg.techniques.generative.wasserstein_gradient_penalty import WassersteinGradientPenalty as WassersteinGradientPenalty
@@ -43,10 +44,17 @@ from lightning_reg.techniques.inputs.cutmix import CutMix as CutMix
 from lightning_reg.techniques.inputs.cutout import Cutout as Cutout
 from lightning_reg.techniques.inputs.mix_switch import MixSwitch as MixSwitch
 from lightning_reg.techniques.inputs.mixup import Mixup as Mixup
+from lightning_reg.techniques.labels.acls import ACLS as ACLS
+from lightning_reg.techniques.labels.label_smoothing import LabelSmoothing as LabelSmoothing
+from lightning_reg.techniques.noisy_labels.early_learning import EarlyLearning as EarlyLearning
+from lightning_reg.techniques.noisy_labels.ldr_loss import ALDRLoss as ALDRLoss
+from lightning_reg.techniques.noisy_labels.ldr_loss import LDRLoss as LDRLoss
 from lightning_reg.techniques.outputs.confidence_penalty import ConfidencePenalty as ConfidencePenalty
 from lightning_reg.techniques.outputs.entropy_penalty import EntropyPenalty as EntropyPenalty
+from lightning_reg.techniques.outputs.stable_max import StableMax as StableMax
 from lightning_reg.techniques.sharpness.adversarial_model_perturbation import AdversarialModelPerturbation as AdversarialModelPerturbation
 from lightning_reg.techniques.sharpness.sam import SAM as SAM
+from lightning_reg.techniques.weights.logit_attenuating_weight_norm import LogitAttenuatingWeightNorm as LogitAttenuatingWeightNorm
 from lightning_reg.techniques.weights.norm_loss import NormLoss as NormLoss
 from lightning_reg.techniques.weights.orthogonal_regularizer import OrthogonalRegularizer as OrthogonalRegularizer
 

@@ -1,7 +1,7 @@
 """What ten techniques cost that are in the Trainer but have strength 0.
 
 Run ``python examples/benchmarks/engine_overhead.py``; prints the step-time ratio to a run
-without any technique, on a small convnet at batch 32.
+without any technique, on a small convnet at batch 64.
 """
 
 from __future__ import annotations

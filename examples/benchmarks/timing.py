@@ -64,12 +64,12 @@ class StepTimes(Callback):
 
 
 def images(count: int, wrap: Callable[[Any], Any] | None = None) -> DataLoader[Any]:
-    """A loader of random images, batches of 32."""
+    """A loader of random images, batches of 64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(count, 3, 32, 32, generator=generator)
     y = torch.randint(0, 10, (count,), generator=generator)
     data: Any = TensorDataset(x, y)
-    return DataLoader(data if wrap is None else wrap(data), batch_size=32)
+    return DataLoader(data if wrap is None else wrap(data), batch_size=64)
 
 
 def measure(
@@ -108,7 +108,7 @@ def measure(
                 **settings,
             )
             torch.manual_seed(0)
-            trainer.fit(module(), loader() if loader is not None else images(32 * 16))
+            trainer.fit(module(), loader() if loader is not None else images(64 * 16))
             times[name].append(statistics.median(clock.seconds[steps // 10 :]))
     return times
 

@@ -32,9 +32,7 @@ def function_command(function: Callable[..., None]) -> Command:
 
         parser = ArgumentParser(description=summary)
         flags = {n: p for n, p in inspect.signature(function).parameters.items() if _is_flag(p)}
-        parser.add_function_arguments(
-            function, as_group=False, as_positional=True, skip=set(flags)
-        )
+        parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(flags))
         for name in flags:
             parser.add_argument(f"--{name}", action="store_true", help=_help_of(function, name))
         return parser

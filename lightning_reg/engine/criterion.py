@@ -17,7 +17,9 @@ IGNORE_INDEX = -100
 
 def soft_cross_entropy(logits: Tensor, distribution: Tensor) -> Tensor:
     """Cross-entropy (N,) of logits (N, C) against target distributions (N, C), in nats."""
-    return -(distribution * F.log_softmax(logits, dim=-1)).sum(-1)
+    log_p = F.log_softmax(logits, dim=-1)
+    # 0 log 0 = 0: a class that is masked with -inf and has no share of the target costs nothing.
+    return -(distribution * log_p.masked_fill(distribution == 0, 0.0)).sum(-1)
 
 
 def flatten(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,8 +37,16 @@ def flatten(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         targets = targets.reshape(logits.shape if targets.is_floating_point() else (-1,))
     if targets.is_floating_point():
         return logits, targets
-    kept = targets != IGNORE_INDEX
+    # A label that is no class can only be one that the user's loss ignores: it would have raised.
+    kept = (targets >= 0) & (targets < logits.shape[-1])
     return logits[kept], targets[kept]
+
+
+def belong(logits: Tensor, targets: Tensor) -> bool:
+    """Whether shapes are those of one classification loss."""
+    if targets.is_floating_point():
+        return targets.shape == logits.shape
+    return targets.shape in (logits.shape[:-1], logits.shape[:1] + logits.shape[2:])
 
 
 def as_distribution(targets: Tensor, logits: Tensor) -> Tensor:
@@ -75,6 +85,7 @@ class Criterion:
         plain = soft_cross_entropy(logits, as_distribution(targets, logits)).mean()
         if mode == "cross_entropy" and not self._checked:
             self._check(asking, step.loss, plain)
+            self._check_gradient(step, asking, plain)
         new = self._loss(step, active, logits, targets)
         self._checked = True
         return step.loss + (new - plain) if mode == "term" else new
@@ -88,16 +99,27 @@ class Criterion:
                 f"and targets of type {type(targets).__name__}",
                 cure='signals=Signals(logits="module.<name>", targets="batch.<key>")',
             )
-        flat_logits, flat_targets = flatten(logits, targets)
-        soft = flat_targets.is_floating_point() and flat_targets.shape != flat_logits.shape
-        if soft or len(flat_targets) != len(flat_logits):
+        if logits.shape[-1] == 1 and logits.ndim == 2:
+            raise RegularizationError(
+                asking,
+                f"computes a cross-entropy over classes, and the logits {tuple(logits.shape)} have "
+                "one column, as those of a binary loss; float targets are mixed without it",
+                cure="return x, y.float() from the dataset, or give the network two outputs",
+            )
+        if not belong(logits, targets):
             raise RegularizationError(
                 asking,
                 f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong "
                 "to one classification loss",
                 cure='signals=Signals(logits="module.<name>", targets="batch.<key>")',
             )
-        return flat_logits, flat_targets
+        if not self._checked and not logits.requires_grad and torch.is_grad_enabled():
+            raise RegularizationError(
+                asking,
+                "computes the loss from logits, and those that it found carry no gradient",
+                cure=f'return {{"loss": loss, "logits": logits}} from {step.hook}, not detached',
+            )
+        return flatten(logits, targets)
 
     def _loss(
         self, step: Step, active: Sequence[Regularizer], logits: Tensor, targets: Tensor
@@ -159,6 +181,49 @@ class Criterion:
                 "the other terms of a loss that contains the cross-entropy",
                 cure=f'{type(asking).__name__}(..., replaces="term")',
             )
+
+    def _check_gradient(self, step: Step, asking: Regularizer, plain: Tensor) -> None:
+        """Equal values may be chance: on a head of zeros every weighted loss is log C."""
+        logits = step.find("logits")
+        found = [_gradient(loss, logits) for loss in (step.loss, plain)]
+        given, expected = (g if g is None else _through_softmax(g, logits, step) for g in found)
+        if given is None or expected is None or not bool(torch.isfinite(given).all()):
+            return
+        half = step.loss is None or _is_half(step.loss) or _is_half(logits)
+        share, rounding = (3e-2, 4e-3) if half else (2e-3, 1e-6)
+        allowed = share * expected.norm() + rounding / given.shape[0] ** 0.5
+        if float((given - expected).norm()) > float(allowed):
+            raise RegularizationError(
+                asking,
+                "computes the loss from logits and targets, which is right if your loss is their "
+                "cross-entropy; yours has the same value on the first batch, but another "
+                "gradient: it has class weights, label smoothing or a temperature of its own, or "
+                'further terms. `replaces="loss"` drops your loss for the technique\'s; '
+                '`replaces="term"` keeps the other terms',
+                cure=f'{type(asking).__name__}(..., replaces="term")',
+            )
+
+
+def _gradient(loss: Tensor | None, logits: Tensor) -> Tensor | None:
+    if loss is None or not loss.requires_grad or not logits.requires_grad:
+        return None
+    try:
+        return torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0]
+    except RuntimeError:
+        # A compiled loss may have given its buffers away and cannot be differentiated twice.
+        return None
+
+
+def _through_softmax(gradient: Tensor, logits: Tensor, step: Step) -> Tensor:
+    """What of a gradient changes probabilities: log-probabilities in place of logits agree."""
+    gradient, logits = gradient.float(), logits.detach().float()
+    class_dim = -1 if step.targets.shape == logits.shape[:-1] else 1
+    share = logits.softmax(class_dim) * gradient.sum(class_dim, keepdim=True)
+    return gradient - share
+
+
+def _is_half(value: Tensor) -> bool:
+    return value.dtype in (torch.float16, torch.bfloat16)
 
 
 def _members(active: Sequence[Regularizer], phase: str) -> list[Regularizer]:

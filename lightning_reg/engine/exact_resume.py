@@ -38,6 +38,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._states: list[dict[str, Any]] | None = None
+        self._positions: list[dict[str, Any]] = []
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -56,6 +57,12 @@ class ExactResume(Callback):
     ) -> None:
         """Keep this rank's state until the moment at which it was taken comes again."""
         self._states = checkpoint.get(_KEY)
+        self._positions = (
+            checkpoint.get("loops", {})
+            .get("fit_loop", {})
+            .get("state_dict", {})
+            .get("combined_loader", [])
+        )
         if self._states is None:
             rank_zero_warn(
                 "ExactResume: the checkpoint holds no random state, so the resumed run will not "
@@ -73,7 +80,10 @@ class ExactResume(Callback):
         states, self._states = self._states, None
         if states is None:
             return
+        positions, self._positions = self._positions, []
         state = states[trainer.global_rank]
+        if _inside_epoch(trainer):
+            _repeat_epoch_of_samplers(trainer, positions)
         restore_rng_state(state)
         if not _inside_epoch(trainer):
             # Saved between two epochs: the next epoch's order was still to be drawn, so the
@@ -88,14 +98,31 @@ def _inside_epoch(trainer: pl.Trainer) -> bool:
     return bool(0 < done < trainer.num_training_batches)
 
 
+def _repeat_epoch_of_samplers(trainer: pl.Trainer, positions: list[dict[str, Any]]) -> None:
+    """Lightning makes the iterator, in epoch 0's order, before it tells samplers the epoch."""
+    loaders = trainer.fit_loop._combined_loader
+    samplers = [s for loader in loaders.flattened for s in _samplers(loader)] if loaders else []
+    told = [s for s in samplers if callable(getattr(s, "set_epoch", None))]
+    if loaders is None or not told:
+        return
+    for sampler in told:
+        sampler.set_epoch(trainer.current_epoch)
+    if positions:
+        loaders._load_state_dicts(positions)
+    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def _samplers(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return [getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)]
+
+
 def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
     """The generators that the training loaders own, each once."""
     loaders = trainer.fit_loop._combined_loader
     found: dict[int, torch.Generator] = {}
     for loader in loaders.flattened if loaders is not None else []:
-        sampler = getattr(loader, "sampler", None)
-        inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        for owner in (loader, sampler, inner):
+        for owner in (loader, *_samplers(loader)):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 found[id(generator)] = generator

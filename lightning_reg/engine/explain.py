@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PHASE_TITLES = {
+    "prepare": "0 prepare",
     "transform_batch": "1 transform batch",
     "forward_context": "2 forward",
     "transform_targets": "3 targets",

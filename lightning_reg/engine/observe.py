@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_reg.engine.regularizer import Regularizer
+
+_COLLECTIONS = (list, dict, set)
 
 
 class Observer:
@@ -83,4 +86,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-__all__ = ["Observer", "evaluating"]
+@contextmanager
+def sparing_collections(module: nn.Module) -> Iterator[None]:
+    """Lists, dicts and sets in which a step collects things are afterwards as they were."""
+    kept = [
+        (part, {n: v for n, v in vars(part).items() if n[0] != "_" and type(v) in _COLLECTIONS})
+        for part in module.modules()
+    ]
+    for part, values in kept:
+        part.__dict__.update({name: copy.copy(value) for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for part, values in kept:
+            part.__dict__.update(values)
+
+
+__all__ = ["Observer", "evaluating", "sparing_collections"]

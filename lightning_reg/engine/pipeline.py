@@ -16,6 +16,7 @@ from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.criterion import Criterion
 from lightning_reg.engine.data_hooks import check_data_hooks
 from lightning_reg.engine.errors import RegularizationError, UnsupportedError
+from lightning_reg.engine.idle_hooks import mute_idle_hooks, unmute_hooks
 from lightning_reg.engine.patch import MethodPatch
 from lightning_reg.engine.planner import Plan
 from lightning_reg.engine.random import base_seed, rng_state, stream
@@ -100,9 +101,17 @@ class TrainingStepPipeline:
         self._total_steps = float(self.trainer.estimated_stepping_batches)
         for technique in self.plan.techniques:
             technique.on_reference(self.trainer, self.module)
+        mute_idle_hooks(self.plan.techniques, self.leader)
+
+    @property
+    def users_step(self) -> Callable[..., Any]:
+        """The user's own training step, without any technique."""
+        original: Callable[..., Any] = self._patches[0].original
+        return original
 
     def close(self) -> None:
         """Undo everything; safe to call twice and after an exception at any point."""
+        unmute_hooks(self.plan.techniques)
         for technique in self.plan.techniques:
             technique._pipeline = None
         self._capture.detach()
@@ -119,6 +128,8 @@ class TrainingStepPipeline:
         args, kwargs, batch = _split(args, kwargs)
         step = Step(self, batch, self.batch_idx)
         self.step = step
+        for technique in self._members("prepare", self.plan.techniques):
+            technique.prepare(step.asked_by(technique))
         active = self._active(step)
         for technique in self._members("transform_batch", active):
             technique.transform_batch(step.asked_by(technique))
@@ -350,7 +361,8 @@ class TrainingStepPipeline:
         if not any(word in strategy for word in _SHARDED):
             return
         for technique in self.plan.techniques:
-            if any(overrides(technique, phase) for phase in WEIGHT_PHASES):
+            in_forward = overrides(technique, "forward_context") and "weights" in technique.writes
+            if in_forward or any(overrides(technique, phase) for phase in WEIGHT_PHASES):
                 raise UnsupportedError(
                     technique,
                     f"acts on whole weights, which {strategy} splits over ranks",
@@ -381,6 +393,13 @@ class TrainingStepPipeline:
         if self.module.automatic_optimization or self.step is None or self._applied_checked:
             return
         self._applied_checked = True
+        if self.step.mixes and self.step.target_distribution is None:
+            raise RegularizationError(
+                self.step.mixers[0],
+                "mixed the samples of the batch, and no `self.regularize` call of the first "
+                "training step mixed their labels",
+                cure="self.manual_backward(self.regularize(loss, logits=logits))",
+            )
         for technique in self._active(self.step):
             in_loss = any(overrides(technique, phase) for phase in _LOSS_PHASES)
             if in_loss and technique.name not in self.applied:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine.update import ParameterUpdate
 
 PHASES = (
+    "prepare",
     "transform_batch",
     "forward_context",
     "transform_targets",
@@ -92,6 +94,9 @@ class Regularizer(Technique, Callback):
 
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Undo every change to the module; called once, after an exception too."""
+
+    def prepare(self, step: Step) -> None:
+        """Before phase 1, and before it is asked which techniques are active: set attributes."""
 
     def transform_batch(self, step: Step) -> None:
         """Phase 1: edit ``step.inputs`` and mix targets."""
@@ -247,10 +252,18 @@ class Regularizer(Technique, Callback):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The pipeline belongs to one Trainer and one module; a copy joins its own.
-        return {**self.__dict__, "_pipeline": None}
+        # The pipeline belongs to one Trainer and one module; a copy joins its own, and has the
+        # hooks that the pipeline hides. Lightning hangs the module's own `log` on every callback,
+        # and with it a copy would drag the module along.
+        kept = {
+            k: v
+            for k, v in self.__dict__.items()
+            if k not in ("log", "log_dict") and (v is not None or not hasattr(Callback, k))
+        }
+        return {**kept, "_pipeline": None}
 
 
+@lru_cache
 def snake_case(name: str) -> str:
     """``CamelCase`` to ``camel_case``; runs of capitals count as one word (``SAM`` to ``sam``)."""
     name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)

@@ -61,7 +61,7 @@ class WeightAnchor(SelectedWeights):
 
     @property
     def importance(self) -> Mapping[str, Tensor]:
-        """The factor of each weight, by name; a name that is missing counts one."""
+        """The factor of each weight, by name; empty if all count alike."""
         return self._importance
 
     def take_reference(
@@ -71,12 +71,15 @@ class WeightAnchor(SelectedWeights):
 
         Args:
             module: whose chosen weights are copied.
-            importance: by name, non-negative, of the shape of the weight; ``None`` counts all
-                weights alike.
+            importance: by name, non-negative, of the shape of the weight; what is missing counts
+                one.
         """
         chosen = self.selection.select(module, self)
         reference = {name: weight.detach().clone() for name, weight in chosen.items()}
-        importance = {name: t.detach().clone() for name, t in (importance or {}).items()}
+        if importance is not None:
+            one = {name: torch.ones_like(t) for name, t in reference.items()}
+            importance = {n: importance.get(n, one[n]).detach().clone() for n in reference}
+        importance = importance or {}
         if not _finite([*reference.values(), *importance.values()]):
             rank_zero_warn(
                 f"{type(self).__name__}: weights or importances are not finite, so no reference "
@@ -164,7 +167,7 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return True
     # A norm is finite only if every entry is; large finite weights do not reach its limit.
-    return bool(torch.stack([n.double() for n in torch._foreach_norm(tensors)]).isfinite().all())
+    return bool(torch.stack([n.double() for n in torch._foreach_norm(list(tensors))]).isfinite().all())
 
 
 __all__ = ["WeightAnchor", "anchor_pull"]

@@ -29,11 +29,10 @@ from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.technique import Semantics
+from lightning_reg.mechanisms.loss_replacement import Replaces, check_replaces
 
 Per = Literal["batch", "sample"]
-Replaces = Literal["cross_entropy", "loss", "term"]
 _PER = ("batch", "sample")
-_REPLACES = ("cross_entropy", "loss", "term")
 MIXING_EXEMPTIONS = {
     "accumulation": "each micro-batch draws its own partners and shares, so that two "
     "micro-batches are not one batch of twice the size",
@@ -60,6 +59,9 @@ class Transformed:
 class BatchTransform(Regularizer):
     """Base of techniques that change a batch before the user's step sees it.
 
+    What is declared here is right for transforms that mix samples and labels; one that leaves
+    labels alone declares less. ``image`` says whether inputs have to be images (B, C, H, W).
+
     Args:
         probability: of transforming a batch (``per="batch"``) or a sample (``per="sample"``), a
             number in [0, 1] or a :class:`Schedule`; 0 turns the technique off.
@@ -73,9 +75,11 @@ class BatchTransform(Regularizer):
     """
 
     semantics: ClassVar[Semantics] = "local"
-    needs: ClassVar[tuple[str, ...]] = ("inputs",)
-    reads: ClassVar[frozenset[str]] = frozenset({"inputs"})
-    writes: ClassVar[frozenset[str]] = frozenset({"inputs"})
+    needs: ClassVar[tuple[str, ...]] = ("inputs", "targets", "logits")
+    reads: ClassVar[frozenset[str]] = frozenset({"inputs", "targets"})
+    writes: ClassVar[frozenset[str]] = frozenset({"inputs", "targets"})
+    exclusive: ClassVar[frozenset[str]] = frozenset({"batch_mixing"})
+    exemptions: ClassVar[Mapping[str, str]] = MIXING_EXEMPTIONS
     image: ClassVar[bool] = False
 
     def __init__(
@@ -92,8 +96,13 @@ class BatchTransform(Regularizer):
         if not isinstance(probability, Schedule):
             cure = f"{kind}(probability=0.5)"
             check_range(self, "probability", probability, 0, 1, cure=cure)
-        self._check_choice("per", per, _PER)
-        self._check_choice("replaces", replaces, _REPLACES)
+        if per not in _PER:
+            raise ArgumentError(
+                self,
+                f"`per` must be one of {', '.join(_PER)}, got {per!r}",
+                cure=f'{kind}(per="batch")',
+            )
+        check_replaces(self, replaces)
         self.per = per
         self.replaces = replaces
 
@@ -159,27 +168,6 @@ class BatchTransform(Regularizer):
                 cure='signals=Signals(inputs="batch.<key of the images>")',
             )
 
-    def _check_choice(self, argument: str, value: str, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            raise ArgumentError(
-                self,
-                f"`{argument}` must be one of {', '.join(choices)}, got {value!r}",
-                cure=f'{type(self).__name__}({argument}="{choices[0]}")',
-            )
-
-
-class LabelMixing(BatchTransform):
-    """Base of transforms that mix each sample, and its label, with a partner.
-
-    Args: those of :class:`BatchTransform`.
-    """
-
-    needs: ClassVar[tuple[str, ...]] = ("inputs", "targets", "logits")
-    reads: ClassVar[frozenset[str]] = frozenset({"inputs", "targets"})
-    writes: ClassVar[frozenset[str]] = frozenset({"inputs", "targets"})
-    exclusive: ClassVar[frozenset[str]] = frozenset({"batch_mixing"})
-    exemptions: ClassVar[Mapping[str, str]] = MIXING_EXEMPTIONS
-
 
 def draw_beta(alpha: float, size: int, generator: torch.Generator) -> Tensor:
     """Draws (size,) from Beta(alpha, alpha), in float64 on the generator's device."""
@@ -235,7 +223,6 @@ def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
 __all__ = [
     "MIXING_EXEMPTIONS",
     "BatchTransform",
-    "LabelMixing",
     "Per",
     "Replaces",
     "Transformed",

@@ -125,10 +125,11 @@ def twice_differentiable(recurrent: bool = False) -> Iterator[None]:
 
 def check_not_compiled(owner: object, outputs: Tensor) -> None:
     """Raise if compiled code, which has no second derivative, made ``outputs``; walks the graph."""
-    waiting, seen = [outputs.grad_fn], {None}
+    waiting = [outputs.grad_fn]
+    seen: set[object] = set()
     while waiting:
         node = waiting.pop()
-        if node in seen or node is None:
+        if node is None or node in seen:
             continue
         seen.add(node)
         if "CompiledFunction" in node.name():
@@ -247,7 +248,7 @@ def _on_sphere(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """A random row of length ``sqrt(C)`` for each row of ``like``, in its type."""
     normal = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
     length = torch.linalg.vector_norm(normal, dim=1, keepdim=True)
-    return normal * (like.shape[1] ** 0.5 / length)
+    return normal.mul(like.shape[1] ** 0.5 / length)
 
 
 __all__ = [

@@ -85,4 +85,22 @@ class GradientTransform(SelectedWeights):
         return value
 
 
-__all__ = ["GradientTransform"]
+def radial_parts(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """``<w, g> / <w, w> w``: the part of each gradient along its weight; 0 for a weight of zeros.
+
+    Args:
+        weights: tensors ``w``, each taken as one vector.
+        gradients: tensors ``g`` of the same shapes.
+    """
+    coefficients = [_coefficient(w, g) for w, g in zip(weights, gradients, strict=True)]
+    return list(torch._foreach_mul(list(weights), coefficients))
+
+
+def _coefficient(weight: Tensor, gradient: Tensor) -> Tensor:
+    flat = weight.reshape(-1)
+    square = torch.dot(flat, flat)
+    product = torch.dot(flat, gradient.reshape(-1))
+    return torch.where(square > 0, product / square, 0.0)
+
+
+__all__ = ["GradientTransform", "radial_parts"]

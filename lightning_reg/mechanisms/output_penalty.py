@@ -12,7 +12,7 @@ takes care of
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +88,9 @@ class OutputPenalty(Regularizer):
         """Phase 4."""
         return step.comm.mean(self.values(self._rows(step.logits, step.find("targets"))))
 
-    def _rows(self, logits: Tensor, targets: object) -> Tensor:
+    def _rows(self, logits: Tensor, targets: Any) -> Tensor:
         """Logits (N, C) of the positions that count."""
-        labels = targets if _are_labels(targets) else None
+        labels: Tensor | None = targets if _are_labels(targets) else None
         class_dim = self._class_dim(logits, labels)
         classes_last = logits.movedim(class_dim, -1)
         if classes_last.shape[-1] < 2:
@@ -135,7 +135,7 @@ class OutputPenalty(Regularizer):
         )
 
 
-def _are_labels(targets: object) -> bool:
+def _are_labels(targets: Any) -> bool:
     return isinstance(targets, Tensor) and not targets.is_floating_point()
 
 

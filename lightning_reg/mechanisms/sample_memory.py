@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from lightning_reg.engine import (
     ArgumentError,
     IndexedDataset,
+    ParameterUpdate,
     RegularizationError,
     Regularizer,
     SampleMemory,
@@ -32,7 +34,6 @@ from lightning_reg.engine import (
     Signals,
     Step,
 )
-from lightning_reg.engine.step import RunContext
 
 
 class SampleTable:
@@ -132,11 +133,19 @@ class SampleMemoryRegularizer(Regularizer):
     ) -> None:
         super().__init__(strength, signals=signals, name=name)
         self.memory = SampleTable(self, num_samples, width, fill)
+        self._recalled: WeakKeyDictionary[Step, Tensor] | None = None
 
     def recall(self, step: Step, width: int) -> Tensor:
-        """The rows (B, width) of this micro-batch's samples, without a gradient."""
-        memory = self.memory.of(width).to(step.device)
-        return memory.read(self._index(step))
+        """The rows (B, width) of this micro-batch's samples, without a gradient.
+
+        A second pass recalls what the first one did, whatever was written in between.
+        """
+        if self._recalled is None:
+            self._recalled = WeakKeyDictionary()
+        if step not in self._recalled:
+            memory = self.memory.of(width).to(step.device)
+            self._recalled[step] = memory.read(self._index(step))
+        return self._recalled[step]
 
     def remember(self, step: Step, rows: Tensor) -> Tensor:
         """Write rows (B, width) for this micro-batch; returns what the table holds now.
@@ -150,12 +159,7 @@ class SampleMemoryRegularizer(Regularizer):
             memory.write(index, rows, mask=step.padding, comm=step.comm)
         return memory.read(index)
 
-    def has_seen(self, step: Step, width: int) -> Tensor:
-        """Which samples (B,) of this micro-batch have a row that was written."""
-        memory = self.memory.of(width).to(step.device)
-        return memory.seen[self._index(step).to(memory.seen.device)]
-
-    def active(self, context: RunContext) -> bool:
+    def active(self, context: Step | ParameterUpdate) -> bool:
         """A constant strength of 0 turns it off; a Schedule that passes 0 does not."""
         return isinstance(self.strength, Schedule) or context.strength(self) != 0
 
@@ -170,6 +174,10 @@ class SampleMemoryRegularizer(Regularizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a saved table."""
         self.memory.load_state_dict(state_dict["memory"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to the steps of a run stays with it.
+        return {**super().__getstate__(), "_recalled": None}
 
     def _index(self, step: Step) -> Tensor:
         index = step.sample_index

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_reg.engine import ParameterSelection, Regularizer, Schedule
-from lightning_reg.engine.errors import RegularizationError, check_range
+from lightning_reg.engine.errors import ArgumentError, RegularizationError, check_range
 from lightning_reg.engine.step import RunContext
 
 LAYERS = ParameterSelection(types=("Linear", "_ConvNd"))
@@ -36,7 +36,10 @@ class SelectedWeights(Regularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(strength, name=name)
-        self.selection = ParameterSelection.of(parameters, self.default_selection)
+        try:
+            self.selection = ParameterSelection.of(parameters, self.default_selection)
+        except ArgumentError as error:
+            raise ArgumentError(self, error.problem, cure=error.cure) from None
         self._selected: dict[str, nn.Parameter] = {}
         self._selected_in = -1
 

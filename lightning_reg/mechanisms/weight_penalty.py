@@ -121,7 +121,8 @@ def _as_matrix(weight: Tensor, transposed_groups: int = 0) -> Tensor:
     if not transposed_groups:
         return weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
     grouped = weight.unflatten(0, (transposed_groups, -1))
-    return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+    matrix: Tensor = grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+    return matrix
 
 
 def _as_weight(matrix: Tensor, weight: Tensor, transposed_groups: int = 0) -> Tensor:

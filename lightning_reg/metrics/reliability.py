@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GAP = "#d95f4c"
-_BAR = "#3b6fb6"
+_BAR = "#9dbbe0"
 
 
 def new_figure(width: float = 4.2, height: float = 4.2) -> Figure:
@@ -49,7 +49,8 @@ def draw_reliability(
     accuracy = bins.accuracy[filled].tolist()
     confidence = bins.confidence[filled].tolist()
     share = (bins.counts[filled] / bins.counts.sum()).tolist()
-    gap = [c - a for a, c in zip(accuracy, confidence, strict=True)]
+    low = [min(pair) for pair in zip(accuracy, confidence, strict=True)]
+    gap = [abs(a - c) for a, c in zip(accuracy, confidence, strict=True)]
     style: dict[str, Any] = {
         "width": width,
         "align": "edge",
@@ -57,7 +58,7 @@ def draw_reliability(
         "edgecolor": "white",
     }
     axes.bar(left, accuracy, color=_BAR, label="accuracy", **style)
-    axes.bar(left, gap, bottom=accuracy, color=_GAP, alpha=0.35, label="gap", **style)
+    axes.bar(left, gap, bottom=low, color=_GAP, alpha=0.5, label="gap", **style)
     axes.step(
         [0.0, *[x for b in left for x in (b, b, b + width, b + width)], 1.0],
         [0.0, *[y for s in share for y in (0.0, s, s, 0.0)], 0.0],
@@ -70,5 +71,5 @@ def draw_reliability(
     label = {"l1": "ECE", "l2": "RMS calibration error", "max": "maximum calibration error"}[norm]
     axes.text(0.04, 0.95, f"{label} {error:.4f}\nn = {int(bins.counts.sum())}", va="top")
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=title)
-    axes.legend(loc="lower right", fontsize="small", frameon=False)
+    axes.legend(loc="lower right", fontsize="x-small", framealpha=0.9)
     return figure, axes

@@ -29,7 +29,7 @@ class RegularizedDDPStrategy(RegularizedDDPMixin, DDPStrategy):
         Cost of a comparison: one pass over the weights, one reduction of two integers a tensor,
         and one synchronization of host and device. Between comparisons, version counters are
         read around each technique that writes weights or gradients. On one process nothing is
-        compared.
+        compared. As with Lightning's own DDP, a static graph allows no gradient accumulation.
 
     Example:
         >>> import lightning as L

@@ -70,7 +70,7 @@ class ContractCase:
         mixin: for classes that are subclassed by a module: takes HostOptions and ``args``,
             gives the module; ``host`` is then the same module without the mixin.
         stage: ``"test"`` for techniques that act in ``trainer.test``.
-        yaml: arguments for the YAML round trip, where ``args`` are not plain.
+        yaml: the same arguments as YAML writes them, where ``args`` are not plain.
         logs: the log keys that must be there; ``()`` for none. Default: ``reg/<name>`` for
             techniques that act in a phase which has a value.
         joint: changes to ``args`` under which a technique whose semantics are ``"local"`` equals

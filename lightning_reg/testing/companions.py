@@ -49,4 +49,6 @@ class ReferenceGradientEdit(Regularizer):
         gradients = [w.grad for w in weights if w.grad is not None and update.owns(w)]
         if gradients:
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
-            torch._foreach_mul_(gradients, update.strength(self) / (norm + 1e-12))
+            scale = update.gradient_scale()
+            wanted = update.strength(self) * (1.0 if scale is None else scale)
+            torch._foreach_mul_(gradients, wanted / (norm + 1e-12))

@@ -46,6 +46,7 @@ class Setting:
         accumulate: micro-batches to an optimizer step.
         precision: of the Trainer.
         shuffle: whether the samples come in another order each epoch.
+        strategy: over ranks.
     """
 
     options: HostOptions = DEFAULT
@@ -55,6 +56,7 @@ class Setting:
     accumulate: int = 1
     precision: str = "32-true"
     shuffle: bool = False
+    strategy: str = "ddp"
 
 
 @dataclass
@@ -113,6 +115,8 @@ class Run:
         self._keeper = StateKeeper(technique)
         make = rank_trainer if distributed else pl.Trainer
         settings = {**_trainer_settings(setting), **(trainer or {})}
+        if distributed:
+            settings["strategy"] = setting.strategy
         settings["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
         with quiet():
             self.trainer = make(callbacks=[*callbacks, self._keeper], **settings)

@@ -136,16 +136,21 @@ def largest_gap(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple
     """The largest absolute difference of floating-point tensors, over the largest number.
 
     Returns:
-        The relative difference and the name of the tensor in which it is.
+        The relative difference and the name of the tensor in which it is; infinity where a
+        tensor is missing, has another shape or holds a NaN.
     """
     worst, where, largest = 0.0, "", 1e-12
-    for name in one.keys() & other.keys():
+    for name in sorted(one.keys() | other.keys()):
+        if name not in one or name not in other or one[name].shape != other[name].shape:
+            return float("inf"), name
         if not one[name].is_floating_point() or one[name].numel() == 0:
             continue
         a, b = one[name].double(), other[name].double()
+        distance = float((a - b).abs().max())
+        if distance != distance:
+            return float("inf"), name
         largest = max(largest, float(a.abs().max()))
-        distance = float((a - b).abs().max()) if a.shape == b.shape else float("inf")
-        if not distance <= worst:
+        if distance > worst:
             worst, where = distance, name
     return worst / largest, where
 

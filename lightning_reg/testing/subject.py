@@ -116,9 +116,7 @@ class Subject:
         data: Dataset[Any] = self.case.host(setting.options).dataset(setting.options)
         if setting.samples < SAMPLES:
             data = Subset(data, range(setting.samples))
-        if self.case.dataset is not None:
-            data = self.case.dataset(data)
-        return indexed(data, setting.options) if self.indexed else data
+        return data if self.case.dataset is None else self.case.dataset(data)
 
     def run(
         self,
@@ -149,7 +147,10 @@ class Subject:
         technique = self.technique(**changes) if technique is None else technique
         own = [] if technique is None else [technique]
         callbacks = [*before, *own, *self.case.companions(), *after]
-        data = self._loaded(setting, loader, settings.get("distributed", False))
+        data = self.dataset(setting)
+        # Without a technique nobody takes the positions off again.
+        data = indexed(data, setting.options) if self.indexed else data
+        data = _loaded(data, setting, loader, settings.get("distributed", False))
         return Run(module, data, setting, technique, callbacks, stage=self.case.stage, **settings)
 
     def bare(
@@ -163,16 +164,8 @@ class Subject:
         """The same run without the technique, not yet started."""
         module = self.case.host(setting.options)
         callbacks = [*self.case.companions(), *after]
-        data = self._loaded(setting, loader, False)
+        data = _loaded(self.dataset(setting), setting, loader, False)
         return Run(module, data, setting, None, callbacks, stage=self.case.stage, **settings)
-
-    def _loaded(self, setting: Setting, loader: Callable[..., Any], distributed: bool) -> Any:
-        data = self.dataset(setting)
-        if distributed and not setting.shuffle:
-            # The Trainer's own sampler shuffles, whatever the loader does.
-            sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=False)
-            return loader(data, batch_size=setting.batch, sampler=sampler)
-        return loader(data, batch_size=setting.batch, shuffle=setting.shuffle)
 
     # ------------------------------------------------------------------ results
 
@@ -189,7 +182,7 @@ class Subject:
     def baseline(self, setting: Setting = PLAIN) -> Outcome:
         """The outcome without the technique; each host's is trained once for all subjects."""
         case = self.case
-        key = (case.host, case.dataset, case.companions, case.stage, self.indexed, setting)
+        key = (case.host, case.dataset, case.companions, case.stage, setting)
         if key not in self._baselines:
             self._baselines[key] = self.bare(setting).go()
         return self._baselines[key]
@@ -230,3 +223,13 @@ def _train_on_rank(
     subject: Subject, setting: Setting, changes: Mapping[str, Any] | None
 ) -> Outcome:
     return subject.run(setting, changes=changes, distributed=True).go()
+
+
+def _loaded(
+    data: Dataset[Any], setting: Setting, loader: Callable[..., Any], distributed: bool
+) -> Any:
+    if distributed and not setting.shuffle:
+        # The Trainer's own sampler shuffles, whatever the loader does.
+        sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=False)
+        return loader(data, batch_size=setting.batch, sampler=sampler)
+    return loader(data, batch_size=setting.batch, shuffle=setting.shuffle)

@@ -75,7 +75,7 @@ def test_feature_dim_outside_the_features_is_refused():
 
 def test_a_nested_layer_is_captured():
     technique = Records(1.0, layer="net.0")
-    module, _ = fit([technique], max_epochs=1, batch_size=64)
+    fit([technique], max_epochs=1, batch_size=64)
     start = Host().net[0]
     torch.testing.assert_close(technique.rows[0], start(INPUTS))
 
@@ -175,10 +175,8 @@ def train(run, share):
 
 def train_on_ranks():
     share = SHARES[torch.distributed.get_rank()]
-    callbacks = [Spread(1.0, layer="encoder")]
-    return train(
-        rank_trainer(callbacks=callbacks, max_epochs=4, use_distributed_sampler=False), share
-    )
+    settings = {"max_epochs": 4, "use_distributed_sampler": False}
+    return train(rank_trainer(callbacks=[Spread(1.0, layer="encoder")], **settings), share)
 
 
 def test_two_ranks_with_unequal_batches_equal_the_joint_batch(ranks):

@@ -1,5 +1,8 @@
 """The second pass: where it is taken, what it may not touch, how it is undone."""
 
+import pickle
+
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +101,111 @@ def test_fp16_scaler_does_not_change_the_perturbation():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     module, _ = fit([Ascent(0.1)], plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
     assert (weights(module) - reference(0.1)).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("sharpness", ["micro", "rank"])
+def test_trainer_and_callbacks_see_the_clean_loss(sharpness):
+    class Losses(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append(float(outputs["loss"]))
+
+    plain, ours = Losses(), Losses()
+    settings = {"batch_size": 8, "accumulate_grad_batches": 2}
+    fit([plain], module=Host(lr=0.0), **settings)
+    fit([ours, Ascent(0.5, sharpness=sharpness)], module=Host(lr=0.0), **settings)
+    assert ours.seen == plain.seen
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 5])
+@pytest.mark.parametrize("sharpness", ["micro", "rank"])
+def test_exception_in_any_pass_restores_the_weights(sharpness, fails_at):
+    """At learning rate 0, in the first pass, the repeatability check, or a second pass."""
+
+    class Fails(Host):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == fails_at:
+                raise OSError("the disk is full")
+            return super().forward(x)
+
+    module, technique = Fails(lr=0.0), Ascent(0.5, sharpness=sharpness)
+    start = weights(module)
+    with pytest.raises((OSError, UnsupportedError), match="the disk is full"):
+        fit([technique], module=module, batch_size=8, accumulate_grad_batches=2)
+    assert torch.equal(weights(module), start)
+    assert technique._window == technique._saved == technique._moved == []
+
+
+def test_window_keeps_batches_but_no_outputs():
+    class Watches(Ascent):
+        kept = []
+
+        def perturb(self, step, total):
+            loss = super().perturb(step, total)
+            self.kept.append([earlier.outputs is None for earlier in self._window])
+            return loss
+
+    fit([Watches(sharpness="rank")], batch_size=16, accumulate_grad_batches=4, max_epochs=1)
+    assert Watches.kept == [[False], [True, False], [True, True, False], []]
+
+
+def test_window_is_finished_when_the_strength_falls_to_zero_inside_it():
+    class TurnsOff(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            technique.strength = 0.5 if batch_idx == 0 else 0.0
+
+    technique = Ascent(0.5, sharpness="rank")
+    settings = {"batch_size": 16, "accumulate_grad_batches": 4, "max_epochs": 1}
+    module, _ = fit([TurnsOff(), technique], **settings)
+    plain, _ = fit([], **settings)
+    # All four gradients arrive; the perturbation has the strength of the window's end.
+    torch.testing.assert_close(weights(module), weights(plain), rtol=0, atol=1e-7)
+
+
+def test_copy_in_the_middle_of_a_run_is_a_fresh_technique():
+    class Copies(Ascent):
+        copies = []
+
+        def perturb(self, step, total):
+            loss = super().perturb(step, total)
+            self.copies.append(pickle.loads(pickle.dumps(self)))
+            return loss
+
+    # Pickle looks the class up by name.
+    globals()["Copies"] = Copies
+    Copies.__qualname__ = "Copies"
+    fit([Copies(sharpness="rank")], accumulate_grad_batches=2, max_epochs=1)
+    assert len(Copies.copies) == 4
+    for copied in Copies.copies:
+        assert copied._window == copied._moved == copied._ascent == []
+
+
+def test_sparse_gradients_are_followed_as_dense_ones():
+    class Embeds(Host):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(1)
+            self.embed = torch.nn.Embedding(4, 4, sparse=sparse)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self(x) + self.embed(y), y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    settings = {"batch_size": 8, "accumulate_grad_batches": 2}
+    for sharpness in ("micro", "rank"):
+        found = [
+            weights(fit([Ascent(0.1, sharpness=sharpness)], module=Embeds(sparse), **settings)[0])
+            for sparse in (True, False)
+        ]
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
 def test_step_that_keeps_state_is_refused():

@@ -181,6 +181,16 @@ class AddsToScaledGradients(Good):
                 weight.grad += self.strength * weight.detach()
 
 
+class ForgetsThatFusedOptimizersUnscaleLater(Good):
+    def penalty(self, step: Step) -> None:
+        return None
+
+    def edit_gradients(self, update: ParameterUpdate) -> None:
+        for weight in update.module.parameters():
+            if weight.grad is not None:
+                weight.grad.clamp_(-0.05, 0.05)
+
+
 class DependsOnThePlaceInTheList(Good):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         for weight in pl_module.parameters():

@@ -43,7 +43,8 @@ def von_neumann_entropy(features: Tensor) -> Tensor:
     rounding = torch.finfo(eigenvalues.dtype).eps
     # log 1 = 0 stands in for the eigenvalues that are left out.
     positive = eigenvalues.masked_fill(eigenvalues <= rounding, 1.0)
-    return poison - (positive * positive.log()).sum()
+    entropy: Tensor = poison - (positive * positive.log()).sum()
+    return entropy
 
 
 class VonNeumannEntropy(FeaturePenalty):

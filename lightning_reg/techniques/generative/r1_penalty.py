@@ -91,9 +91,6 @@ class R1Penalty(CriticPenalty):
             "1912.04958",
         ),
     )
-    exemptions: ClassVar[dict[str, str]] = {
-        "accumulation": "under manual optimization your own step accumulates, not the Trainer",
-    }
     function: ClassVar[Callable[..., Any] | None] = staticmethod(r1_penalty)
     explanation: ClassVar[str] = "acts in the self.regularize call that hands over critic and real"
 

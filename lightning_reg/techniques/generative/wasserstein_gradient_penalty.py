@@ -31,7 +31,8 @@ def wasserstein_gradient_penalty(
     """
     share = epsilon.to(real).view(-1, *[1] * (real.ndim - 1))
     gradient = critic_gradient(critic, share * real + (1 - share) * fake)
-    return (torch.linalg.vector_norm(gradient, dim=1) - 1).square()
+    lengths: Tensor = torch.linalg.vector_norm(gradient, dim=1)
+    return (lengths - 1).square()
 
 
 class WassersteinGradientPenalty(CriticPenalty):
@@ -85,7 +86,6 @@ class WassersteinGradientPenalty(CriticPenalty):
     needs: ClassVar[tuple[str, ...]] = ("critic", "real", "fake")
     exemptions: ClassVar[dict[str, str]] = {
         "semantics": "each rank draws its own points between real and generated samples",
-        "accumulation": "under manual optimization your own step accumulates, not the Trainer",
     }
     function: ClassVar[Callable[..., Any] | None] = staticmethod(wasserstein_gradient_penalty)
     explanation: ClassVar[str] = (

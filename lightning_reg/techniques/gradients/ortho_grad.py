@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import Paper, ParameterSelection, Schedule
-from lightning_reg.mechanisms.gradient_transform import GradientTransform
+from lightning_reg.mechanisms.gradient_transform import GradientTransform, radial_parts
 from lightning_reg.mechanisms.selected_weights import EVERYTHING
 
 __all__ = ["OrthoGrad", "ortho_grad"]
@@ -80,13 +80,10 @@ class OrthoGrad(GradientTransform):
     """
 
     papers: ClassVar[tuple[Paper, ...]] = (
-        Paper(
-            "Grokking at the Edge of Numerical Stability", "Prieto et al.", 2025, "2501.04697"
-        ),
+        Paper("Grokking at the Edge of Numerical Stability", "Prieto et al.", 2025, "2501.04697"),
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(ortho_grad)
     explanation: ClassVar[str] = "takes the part along the weight out of its gradient"
-    default_selection = EVERYTHING
 
     def __init__(
         self,
@@ -109,8 +106,11 @@ class OrthoGrad(GradientTransform):
 def _project(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], rescale: bool
 ) -> tuple[list[Tensor], Tensor]:
-    coefficients = [_coefficient(w, g) for w, g in zip(weights, gradients, strict=True)]
-    radial = torch._foreach_mul(list(weights), coefficients)
+    """New gradients, and the radial share of the squared norm."""
+    radial = radial_parts(weights, gradients)
+    single = [part for part in radial if part.numel() == 1]
+    if single:
+        torch._foreach_zero_(single)
     result = list(torch._foreach_sub(list(gradients), radial))
     lengths = torch.stack(torch._foreach_norm(list(gradients)))
     share = torch.stack(torch._foreach_norm(radial)).square().sum()
@@ -122,13 +122,3 @@ def _project(
         factors = torch.where(real, lengths / rests, 1.0)
         result = list(torch._foreach_mul(result, list(factors.unbind())))
     return result, share
-
-
-def _coefficient(weight: Tensor, gradient: Tensor) -> Tensor:
-    """``<w, g> / <w, w>``; 0 where the gradient is to stay."""
-    if weight.numel() == 1:
-        return gradient.new_zeros(())
-    flat = weight.reshape(-1)
-    square = torch.dot(flat, flat)
-    product = torch.dot(flat, gradient.reshape(-1))
-    return torch.where(square > 0, product / square, 0.0)

@@ -176,10 +176,9 @@ class ReconstructionContraction(GradientPenalty):
                 f"for inputs {tuple(inputs.shape)}",
                 cure='signals=Signals(inputs="batch.<key>", logits="module.<decoder>")',
             )
-        error = (inputs - reconstruction).detach().square()
-        expected = float(
-            error.mean() if self.reduction == "mean" else error.flatten(1).sum(1).mean()
-        )
+        error = (inputs - reconstruction).detach().square().flatten(1)
+        per_sample = error.mean(1) if self.reduction == "mean" else error.sum(1)
+        expected = float(per_sample.mean())
         given = float(step.loss.detach())
         half = step.loss.dtype in (torch.float16, torch.bfloat16)
         # Half-precision losses are rounded to three digits; a NaN says nothing.

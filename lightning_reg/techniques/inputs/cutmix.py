@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_reg.engine import Paper, Schedule, Signals, Step
 from lightning_reg.engine.errors import check_range
 from lightning_reg.mechanisms.batch_transform import (
-    LabelMixing,
+    BatchTransform,
     Per,
     Replaces,
     Transformed,
@@ -54,7 +54,21 @@ def cutmix(inputs: Tensor, permutation: Tensor, boxes: Tensor) -> tuple[Tensor, 
     return mixed, lam.float()
 
 
-class CutMix(LabelMixing):
+def boxes_of(lam: Tensor, centres: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (B, 4) of ``sqrt(1 - lam)`` of both sides around ``centres``, cut off at the borders.
+
+    Args:
+        lam: (B,), the share that would be kept if nothing were cut off.
+        centres: (B, 2), pixels as (row, column).
+        height: of the images.
+        width: of the images.
+    """
+    sides = (1 - lam).sqrt()[:, None] * torch.tensor([height, width], device=lam.device)
+    half = sides.long() // 2
+    return clipped_boxes(centres, half, half, height, width)
+
+
+class CutMix(BatchTransform):
     """Trains on images with a box of another image, labels mixed by the area of the box.
 
     Yun, Han, Oh, Chun, Choe, Yoo (2019), CutMix: Regularization Strategy to Train Strong
@@ -65,8 +79,8 @@ class CutMix(LabelMixing):
     ``x~ = M x_i + (1 - M) x_j`` and ``y~ = lam y_i + (1 - lam) y_j`` with
     ``lam = 1 - area / (H W)`` of the box that is left. Checked against the official code
     (clovaai/CutMix-PyTorch, ``train.py``) and as there: sides are rounded down, and a side of an
-    odd number of pixels loses one more; so with ``alpha=1`` ``lam`` has a mean of about 0.68,
-    not 0.5. Defaults of that code: ``alpha=1``; probability 0.5 on CIFAR, 1 on ImageNet. One box
+    odd number of pixels loses one more. So with ``alpha=1`` ``lam`` has a mean of 0.679 and not
+    of 0.5, and of 0.70 on 32 x 32 pixels, where rounding takes more. Defaults of that code: ``alpha=1``; probability 0.5 on CIFAR, 1 on ImageNet. One box
     serves the whole batch there, as here; ``per="sample"`` draws one for each image.
 
     What happens to labels: class indices stay in the batch, so that a metric which your step
@@ -146,13 +160,12 @@ class CutMix(LabelMixing):
         """Paste boxes into the chosen images."""
         height, width = inputs.shape[-2:]
         count = len(inputs) if self.per == "sample" else 1
-        side = (1 - draw_beta(self.alpha, count, generator)).sqrt()
-        sides = (side[:, None] * torch.tensor([height, width])).long()
+        drawn = draw_beta(self.alpha, count, generator)
         # An image that is not chosen gets an empty box.
-        half = sides // 2 * chosen[:count, None]
+        share = torch.where(chosen[:count], drawn, 1.0)
         centres = draw_centres((count,), height, width, generator)
-        boxes = clipped_boxes(centres, half, half, height, width)
+        boxes = boxes_of(share, centres, height, width)
         permutation = draw_permutation(len(inputs), generator).to(inputs.device)
         mixed, lam = cutmix(inputs, permutation, boxes)
-        share = 1 - float(lam.mean())
-        return Transformed(mixed, share, permutation, lam.to(inputs.device).expand(len(inputs)))
+        keeps = lam.to(inputs.device).expand(len(inputs))
+        return Transformed(mixed, 1 - float(lam.mean()), permutation, keeps)

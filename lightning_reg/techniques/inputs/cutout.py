@@ -96,6 +96,10 @@ class Cutout(BatchTransform):
             "1708.04552",
         ),
     )
+    needs: ClassVar[tuple[str, ...]] = ("inputs",)
+    reads: ClassVar[frozenset[str]] = frozenset({"inputs"})
+    writes: ClassVar[frozenset[str]] = frozenset({"inputs"})
+    exclusive: ClassVar[frozenset[str]] = frozenset()
     exemptions: ClassVar[Mapping[str, str]] = {
         "accumulation": "each micro-batch draws its own squares",
     }

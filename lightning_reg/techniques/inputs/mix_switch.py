@@ -15,7 +15,6 @@ from lightning_reg.engine.schedule import ClosedLoop
 from lightning_reg.mechanisms.batch_transform import (
     MIXING_EXEMPTIONS,
     BatchTransform,
-    LabelMixing,
     Replaces,
     Transformed,
 )
@@ -23,7 +22,7 @@ from lightning_reg.mechanisms.batch_transform import (
 __all__ = ["MixSwitch"]
 
 
-class MixSwitch(LabelMixing):
+class MixSwitch(BatchTransform):
     """Transforms each batch with one of several mixers, drawn anew for each batch.
 
     Mixed samples cannot be mixed again, so Mixup and CutMix side by side are refused; this is

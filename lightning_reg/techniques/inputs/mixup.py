@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_reg.engine import Paper, Schedule, Signals, Step
 from lightning_reg.engine.errors import check_range
 from lightning_reg.mechanisms.batch_transform import (
-    LabelMixing,
+    BatchTransform,
     Per,
     Replaces,
     Transformed,
@@ -37,7 +37,7 @@ def mixup(inputs: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
     return torch.lerp(inputs[permutation], inputs, weight)
 
 
-class Mixup(LabelMixing):
+class Mixup(BatchTransform):
     """Trains on convex combinations of pairs of samples and of their labels.
 
     Zhang, Cisse, Dauphin, Lopez-Paz (2017), mixup: Beyond Empirical Risk Minimization,

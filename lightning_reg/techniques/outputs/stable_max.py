@@ -73,9 +73,7 @@ class StableMax(LossReplacement):
     """
 
     papers: ClassVar[tuple[Paper, ...]] = (
-        Paper(
-            "Grokking at the Edge of Numerical Stability", "Prieto et al.", 2025, "2501.04697"
-        ),
+        Paper("Grokking at the Edge of Numerical Stability", "Prieto et al.", 2025, "2501.04697"),
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(stable_max)
     explanation: ClassVar[str] = "replaces the softmax of the loss with StableMax"

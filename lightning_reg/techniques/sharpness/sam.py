@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.weight_perturbation import Sharpness, WeightPerturbation
 
 
+@torch.no_grad()
 def sam_perturbation(
     gradients: Sequence[Tensor],
     rho: float = 0.05,
@@ -38,7 +39,7 @@ def sam_perturbation(
         eta: keeps the scale of weights near 0 away from 0.
 
     Returns:
-        One displacement a gradient, in its shape and dtype; zeros for zero gradients.
+        One displacement a gradient, in its shape and dtype, detached; zeros for zero gradients.
     """
     scaled = [i for i, w in enumerate(weights or ()) if w is not None]
     scales = _scales([weights[i] for i in scaled], eta) if weights is not None else []
@@ -141,6 +142,9 @@ class SAM(WeightPerturbation):
     )
     semantics: ClassVar[Semantics] = "local"
     function = staticmethod(sam_perturbation)
+    exemptions: ClassVar[Mapping[str, str]] = {
+        "gradient": "the method takes the perturbation as a constant: no gradient passes through it"
+    }
     explanation: ClassVar[str] = "the gradient is taken at w + rho * g / ||g||"
 
     def __init__(

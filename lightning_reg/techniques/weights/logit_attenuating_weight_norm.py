@@ -16,8 +16,8 @@ from lightning_reg.engine import (
     ParameterUpdate,
     Schedule,
 )
-from lightning_reg.engine.step import RunContext
-from lightning_reg.mechanisms.gradient_transform import GradientTransform
+from lightning_reg.engine.step import RunContext, full_precision
+from lightning_reg.mechanisms.gradient_transform import GradientTransform, radial_parts
 from lightning_reg.mechanisms.projection import Projection
 
 __all__ = ["LogitAttenuatingWeightNorm", "logit_attenuating_weight_norm"]
@@ -134,7 +134,7 @@ class LogitAttenuatingWeightNorm(GradientTransform, Projection):
         weights = update.trainable(self.selected(update))
         new = {name: w for name, w in weights.items() if name not in self._radii}
         if new:
-            norms = torch._foreach_norm([w.detach().float() for w in new.values()])
+            norms = torch._foreach_norm([full_precision(w.detach()) for w in new.values()])
             self._radii.update(zip(new, norms, strict=True))
         return super().edit_gradients(update)
 
@@ -150,9 +150,14 @@ class LogitAttenuatingWeightNorm(GradientTransform, Projection):
         """Weights on their spheres, and how far they had left them."""
         held = list(weights.values())
         norms = torch.stack(torch._foreach_norm(held))
-        radii = torch.stack([self._radii[name].to(norms) for name in weights])
-        drift = torch.where(radii > 0, norms / radii, 1.0).mean()
-        return _on_sphere(held, norms, radii), drift
+        # A weight whose optimizer has not stepped since the switch has no radius yet.
+        radii = [
+            self._radii[name].to(norm) if name in self._radii else norm
+            for name, norm in zip(weights, norms, strict=True)
+        ]
+        radius = torch.stack(radii)
+        drift = torch.where(radius > 0, norms / radius, 1.0).mean()
+        return _on_sphere(held, norms, radius), drift
 
     def state_dict(self) -> dict[str, Any]:
         """The radius of each layer."""
@@ -169,14 +174,4 @@ def _on_sphere(weights: Sequence[Tensor], norms: Tensor, radii: Tensor) -> list[
 
 
 def _tangent(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    coefficients = [_coefficient(w, g) for w, g in zip(weights, gradients, strict=True)]
-    radial = torch._foreach_mul(list(weights), coefficients)
-    return list(torch._foreach_sub(list(gradients), radial))
-
-
-def _coefficient(weight: Tensor, gradient: Tensor) -> Tensor:
-    """``<g, w> / ||w||^2``; 0 for a weight of zeros."""
-    flat = weight.reshape(-1)
-    square = torch.dot(flat, flat)
-    product = torch.dot(flat, gradient.reshape(-1))
-    return torch.where(square > 0, product / square, 0.0)
+    return list(torch._foreach_sub(list(gradients), radial_parts(weights, gradients)))

@@ -28,7 +28,8 @@ def norm_loss(weight: Tensor) -> Tensor:
         A scalar, at least 0.
     """
     norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    return (1 - norms).square().sum()
+    total: Tensor = (1 - norms).square().sum()
+    return total
 
 
 class NormLoss(WeightPenalty):

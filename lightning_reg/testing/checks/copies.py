@@ -56,7 +56,8 @@ def yaml(subject: Subject) -> None:
             f"a LightningCLI config with the callback {entry} fails: {error}. Annotate the "
             "constructor's arguments with types that YAML can say, or give the case `yaml`"
         ) from error
-    wanted = subject.cls(**arguments)
+    # `yaml` says in YAML's words what `args` says in Python's.
+    wanted = subject.cls(**subject.case.args)
     for callbacks in (first, second):
         found = next((c for c in callbacks if type(c) is subject.cls), None)
         for name, value in vars(wanted).items():

@@ -170,7 +170,9 @@ def loader(batch: int, shuffle: bool) -> Any:
 
 def windows(setting: Setting, world: int) -> list[list[list[torch.Tensor]]]:
     """Dataset positions as ``[window][rank][micro-batch]``, as a DistributedSampler deals them."""
-    per_rank = [torch.arange(len(INPUTS))[rank::world].split(setting.batch) for rank in range(world)]
+    per_rank = [
+        torch.arange(len(INPUTS))[rank::world].split(setting.batch) for rank in range(world)
+    ]
     count = len(per_rank[0])
     return [
         [list(micro[i : i + setting.accumulate]) for micro in per_rank]

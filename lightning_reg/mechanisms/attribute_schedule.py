@@ -1,0 +1,103 @@
+"""Numbers in the module or in callbacks that follow a schedule over the run.
+
+A technique supplies :meth:`AttributeSchedule.targets`: which attributes. The mechanism takes care
+of
+
+- refusing, before training, an attribute that is not there or is no number;
+- writing the schedule's value, or that share of the attribute's own value, in front of every
+  training step, before any technique looks at it, and only where it changed;
+- putting the attributes' own values back when the fit is over, after an exception too;
+- resume: the values follow from the position in the run, so that there is nothing to save;
+- the log: ``reg/<name>`` is the mean of the values that were written.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+
+from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.regularizer import Regularizer
+from lightning_reg.engine.schedule import Schedule
+from lightning_reg.engine.step import RunContext, Step
+from lightning_reg.engine.technique import Semantics
+
+Target = tuple[Any, str]
+
+
+class AttributeSchedule(Regularizer):
+    """Base of techniques that set attributes from a schedule.
+
+    Args:
+        strength: the value over the run, a number or a :class:`Schedule`.
+        relative: whether the value multiplies each attribute's own, or replaces it.
+        name: the name in logs and checkpoints.
+    """
+
+    semantics: ClassVar[Semantics] = "replica"
+    writes: ClassVar[frozenset[str]] = frozenset({"features"})
+
+    def __init__(
+        self, strength: float | Schedule, *, relative: bool = False, name: str | None = None
+    ) -> None:
+        super().__init__(strength, name=name)
+        self.relative = relative
+        self._targets: dict[str, Target] = {}
+        self._own: dict[str, float] = {}
+        self._written: float | None = None
+
+    @abstractmethod
+    def targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Target]:
+        """The objects and the names of their attributes, by a name for messages."""
+
+    def value(self, own: float, scheduled: float) -> float:
+        """What is written, from an attribute's own value and the schedule's."""
+        return own * scheduled if self.relative else scheduled
+
+    def active(self, context: RunContext) -> bool:  # type: ignore[override]
+        """Always: a value of 0 has to be written too."""
+        return True
+
+    def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse attributes that are not there; remember their own values."""
+        targets = dict(self.targets(trainer, pl_module))
+        own = {name: self._read(name, *target) for name, target in targets.items()}
+        self._targets, self._own, self._written = targets, own, None
+
+    def prepare(self, step: Step) -> None:
+        """Phase 0."""
+        scheduled = step.strength(self)
+        if scheduled != self._written:
+            self._written = scheduled
+            for name, (owner, attribute) in self._targets.items():
+                setattr(owner, attribute, self.value(self._own[name], scheduled))
+        if step.logging and self._own:
+            values = [self.value(own, scheduled) for own in self._own.values()]
+            step.log(self, sum(values) / len(values))
+
+    def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the own values back."""
+        for name, (owner, attribute) in self._targets.items():
+            setattr(owner, attribute, self._own[name])
+        self._targets, self._own, self._written = {}, {}, None
+
+    def _read(self, name: str, owner: Any, attribute: str) -> float:
+        value = getattr(owner, attribute, None)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value
+        found = f"is {value!r}" if hasattr(owner, attribute) else "does not exist"
+        raise ArgumentError(
+            self,
+            f"sets {name!r}, which must be a number and {found} in {type(owner).__name__}",
+            cure=f"{type(self).__name__}(...)  # name an attribute that holds a number",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The targets belong to the module of the run.
+        return {**super().__getstate__(), "_targets": {}, "_own": {}, "_written": None}
+
+
+__all__ = ["AttributeSchedule", "Target"]
