@@ -11,7 +11,7 @@ from lightning_reg.compare.model import SmallNet
 
 
 def main(arguments: list[str] | None = None) -> LightningCLI:
-    return LightningCLI(SmallNet, SmallData, seed_everything_default=0, args=arguments)
+    return LightningCLI(SmallNet, SmallData, save_config_callback=None, args=arguments)
 
 
 if __name__ == "__main__":

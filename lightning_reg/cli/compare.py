@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from lightning_reg.cli.command import Command
-from lightning_reg.compare.settings import BASELINE, DEFAULT_TECHNIQUES, Settings, require_all
+from lightning_reg.compare.settings import DEFAULT_TECHNIQUES, Settings, require_all
 
 _DESCRIPTION = """Train one small model with and without techniques, over several seeds, and show
 what differs: accuracy, likelihood, calibration, entropy and the time of a step. Writes
@@ -97,9 +96,6 @@ def run(arguments: Any) -> int:
     from lightning_reg.compare.statistics import summarize
     from lightning_reg.compare.table import print_table
 
-    # Own classes are looked for where the command is run, as `python -m` does.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     settings = read_settings(arguments)
     console = Console()
     # A file or a pipe has no window that lines would have to fit into.
@@ -169,5 +165,3 @@ def _command_line(settings: Settings) -> str:
 
 
 COMMAND = Command("compare techniques on a small model", make_parser, run)
-
-__all__ = ["BASELINE", "COMMAND", "make_parser", "read_settings", "run"]

@@ -167,7 +167,9 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
     if not tensors:
         return True
     # A norm is finite only if every entry is; large finite weights do not reach its limit.
-    return bool(torch.stack([n.double() for n in torch._foreach_norm(list(tensors))]).isfinite().all())
+    return bool(
+        torch.stack([n.double() for n in torch._foreach_norm(list(tensors))]).isfinite().all()
+    )
 
 
 __all__ = ["WeightAnchor", "anchor_pull"]

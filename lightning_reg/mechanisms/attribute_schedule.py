@@ -1,7 +1,7 @@
 """Numbers in the module or in callbacks that follow a schedule over the run.
 
-A technique supplies :meth:`AttributeSchedule.targets`: which attributes. The mechanism takes care
-of
+A technique supplies :meth:`AttributeSchedule.targets`: which attributes. Without a technique, the
+mechanism drives the attributes at dotted paths. It takes care of
 
 - refusing, before training, an attribute that is not there or is no number;
 - writing the schedule's value, or that share of the attribute's own value, in front of every
@@ -13,8 +13,7 @@ of
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -22,6 +21,7 @@ import lightning.pytorch as pl
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.regularizer import Regularizer
 from lightning_reg.engine.schedule import Schedule
+from lightning_reg.engine.signals import read_path
 from lightning_reg.engine.step import RunContext, Step
 from lightning_reg.engine.technique import Semantics
 
@@ -29,10 +29,12 @@ Target = tuple[Any, str]
 
 
 class AttributeSchedule(Regularizer):
-    """Base of techniques that set attributes from a schedule.
+    """Sets attributes of the module or of callbacks from a schedule.
 
     Args:
         strength: the value over the run, a number or a :class:`Schedule`.
+        paths: dotted paths from the module (``"net.3.p"``), or from a callback by its class or by
+            its name in logs (``"callbacks.Mixup.alpha"``).
         relative: whether the value multiplies each attribute's own, or replaces it.
         name: the name in logs and checkpoints.
     """
@@ -41,17 +43,29 @@ class AttributeSchedule(Regularizer):
     writes: ClassVar[frozenset[str]] = frozenset({"features"})
 
     def __init__(
-        self, strength: float | Schedule, *, relative: bool = False, name: str | None = None
+        self,
+        strength: float | Schedule,
+        *,
+        paths: Sequence[str] = (),
+        relative: bool = False,
+        name: str | None = None,
     ) -> None:
         super().__init__(strength, name=name)
+        if isinstance(paths, str):
+            problem = f"`paths` must be a list of dotted paths, got {paths!r}"
+            raise ArgumentError(self, problem, cure=f'AttributeSchedule(..., paths=["{paths}"])')
+        self.paths = list(paths)
         self.relative = relative
         self._targets: dict[str, Target] = {}
         self._own: dict[str, float] = {}
         self._written: float | None = None
 
-    @abstractmethod
     def targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Target]:
         """The objects and the names of their attributes, by a name for messages."""
+        if not self.paths:
+            cure = 'AttributeSchedule(LinearSchedule(0.5, 0.0), paths=["net.3.p"])'
+            raise ArgumentError(self, "has no `paths`, so it sets nothing", cure=cure)
+        return {path: self._target(path, trainer, pl_module) for path in self.paths}
 
     def value(self, own: float, scheduled: float) -> float:
         """What is written, from an attribute's own value and the schedule's."""
@@ -83,6 +97,33 @@ class AttributeSchedule(Regularizer):
         for name, (owner, attribute) in self._targets.items():
             setattr(owner, attribute, self._own[name])
         self._targets, self._own, self._written = {}, {}, None
+
+    def _target(self, path: str, trainer: pl.Trainer, module: pl.LightningModule) -> Target:
+        start, place = module, path
+        if path.startswith("callbacks."):
+            _, wanted, place = path.split(".", 2) if path.count(".") > 1 else (path, "", "")
+            start = self._callback(wanted, trainer)
+        parent, _, attribute = place.rpartition(".")
+        try:
+            return (read_path(start, parent) if parent else start), attribute
+        except KeyError as error:
+            raise ArgumentError(
+                self,
+                f"sets {path!r}, and there is no {error.args[0]!r} on the way",
+                cure='AttributeSchedule(..., paths=["net.3.p"])',
+            ) from error
+
+    def _callback(self, wanted: str, trainer: pl.Trainer) -> Any:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if wanted in (type(callback).__name__, getattr(callback, "name", None)):
+                return callback
+        known = ", ".join(type(callback).__name__ for callback in callbacks)
+        raise ArgumentError(
+            self,
+            f"sets an attribute of the callback {wanted!r}, and the Trainer has {known}",
+            cure='AttributeSchedule(..., paths=["callbacks.Mixup.alpha"])',
+        )
 
     def _read(self, name: str, owner: Any, attribute: str) -> float:
         value = getattr(owner, attribute, None)

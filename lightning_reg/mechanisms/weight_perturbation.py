@@ -80,7 +80,7 @@ class WeightPerturbation(Regularizer):
         self._moved: list[Tensor] = []
         self._window: list[Step] = []
         self._clean: list[Tensor] = []
-        self._ascent: list[Tensor] = []
+        self._ascent: list[Tensor | None] = []
 
     @abstractmethod
     def perturbation(
@@ -107,7 +107,7 @@ class WeightPerturbation(Regularizer):
         if self.sharpness != "micro":
             return self._perturb_window(step, total)
         weights = step.trainable_parameters()
-        self._ascend(weights, _gradients(step, total, weights), [step])
+        self._ascend(weights, _filled(weights, _gradients(step, total, weights)), [step])
         return self._second_pass(weights, [step], [total.detach()])
 
     def restore(self) -> None:
@@ -141,7 +141,7 @@ class WeightPerturbation(Regularizer):
             return _value_of(total.detach(), torch.zeros_like(total, requires_grad=True), [], [])
         window, clean, ascent = self._window, self._clean, self._ascent
         self._window, self._clean, self._ascent = [], [], []
-        self._ascend(weights, self._average(step, ascent), window)
+        self._ascend(weights, self._average(step, _filled(weights, ascent)), window)
         return self._second_pass(weights, window, clean)
 
     def _average(self, step: Step, total: list[Tensor]) -> list[Tensor]:
@@ -174,10 +174,10 @@ class WeightPerturbation(Regularizer):
                 self._place(displacement)
 
     def _window_gradients(self, weights: list[nn.Parameter], window: list[Step]) -> list[Tensor]:
-        total: list[Tensor] = []
+        total: list[Tensor | None] = []
         for micro in window:
             total = _sum_into(total, _gradients(micro, micro.rerun(), weights))
-        return self._average(window[-1], total)
+        return self._average(window[-1], _filled(weights, total))
 
     def _second_pass(
         self, weights: list[nn.Parameter], window: list[Step], clean: list[Tensor]
@@ -188,7 +188,7 @@ class WeightPerturbation(Regularizer):
         carries them, so every kind of DDP sees one ordinary backward per window.
         """
         step, rise = window[-1], torch.zeros_like(clean[-1])
-        carried: list[Tensor] = []
+        carried: list[Tensor | None] = []
         for micro, loss in zip(window, clean, strict=True):
             second = micro.rerun()
             micro.forget()
@@ -196,7 +196,8 @@ class WeightPerturbation(Regularizer):
             if micro is not step:
                 carried = _sum_into(carried, _gradients(micro, second, weights))
         step.log(self, rise / len(window))
-        return _value_of(clean[-1], second, carried, weights)
+        reached = [(w, g) for w, g in zip(weights, carried, strict=False) if g is not None]
+        return _value_of(clean[-1], second, [g for _, g in reached], [w for w, _ in reached])
 
     def _finite(self, step: Step, gradients: list[Tensor]) -> bool:
         """Under fp16 an overflow on any rank skips the perturbation on all of them."""
@@ -240,33 +241,41 @@ class _Value(torch.autograd.Function):
 def _value_of(
     value: Tensor, loss: Tensor, carried: list[Tensor], weights: Sequence[Tensor]
 ) -> Tensor:
-    result: Tensor = _Value.apply(value, loss, carried, *(weights if carried else ()))  # type: ignore[no-untyped-call]
+    result: Tensor = _Value.apply(value, loss, carried, *weights)  # type: ignore[no-untyped-call]
     return result
 
 
-def _gradients(step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
-    """Gradients of the unscaled loss, taken through the AMP scale so that none underflows."""
+def _gradients(step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[Tensor | None]:
+    """Gradients of the unscaled loss, taken through the AMP scale so that none underflows.
+
+    ``None`` where the loss does not reach a weight: the optimizer is to leave it alone.
+    """
     scaler = _scaler(step)
     scaled = total if scaler is None else scaler.scale(total)
-    found = torch.autograd.grad(scaled, weights, allow_unused=True)
-    gradients = [_dense(w, g) for w, g in zip(weights, found, strict=True)]
-    if scaler is None:
-        return gradients
-    return list(torch._foreach_div(gradients, scaler.scale(torch.ones((), device=total.device))))
+    found: Sequence[Tensor | None] = torch.autograd.grad(scaled, weights, allow_unused=True)
+    dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+    present = [g for g in dense if g is not None]
+    if scaler is None or not present:
+        return dense
+    scale = scaler.scale(torch.ones((), device=total.device))
+    unscaled = iter(torch._foreach_div(present, scale))
+    return [None if g is None else next(unscaled) for g in dense]
 
 
-def _sum_into(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:
+def _sum_into(total: list[Tensor | None], part: list[Tensor | None]) -> list[Tensor | None]:
     """Add in place to ``total``, which starts as a copy: autograd may hand out one tensor twice."""
-    if not total:
-        return [p.clone(memory_format=torch.contiguous_format) for p in part]
-    torch._foreach_add_(total, part)  # type: ignore[arg-type]
-    return total
+    total = total or [None] * len(part)
+    pairs = list(zip(total, part, strict=True))
+    both = [(t, p) for t, p in pairs if t is not None and p is not None]
+    if both:
+        torch._foreach_add_([t for t, _ in both], [p for _, p in both])
+    return [p.clone() if t is None and p is not None else t for t, p in pairs]
 
 
-def _dense(weight: Tensor, gradient: Tensor | None) -> Tensor:
-    if gradient is None:
-        return torch.zeros_like(weight, requires_grad=False)
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def _filled(weights: list[nn.Parameter], gradients: list[Tensor | None]) -> list[Tensor]:
+    """Zeros for weights that the loss does not reach."""
+    pairs = zip(weights, gradients, strict=True)
+    return [torch.zeros_like(w, requires_grad=False) if g is None else g for w, g in pairs]
 
 
 def _scaler(step: Step) -> Any:

@@ -40,7 +40,8 @@ class CalibrationMonitor(Monitor):
     Args:
         n_bins: the number of equal-width bins.
         norm: of the calibration error: ``"l1"``, ``"l2"`` or ``"max"``.
-        task: ``"multiclass"``: logits (B, C, ...); ``"binary"``: logits (B, ...).
+        task: ``"multiclass"``: logits (B, C, ...), or (B, ..., C) where only that fits the
+            targets; ``"binary"``: logits (B, ...) or (B, ..., 1).
         from_logits: whether what the step's ``logits`` holds are scores before the softmax, or
             probabilities (``False``).
         ignore_index: positions with this class index do not count.
@@ -133,6 +134,8 @@ class CalibrationMonitor(Monitor):
         logits, targets = step.logits, torch.as_tensor(step.targets)
         if self.task == "binary" and logits.ndim == targets.ndim + 1 and logits.shape[-1] == 1:
             logits = logits.squeeze(-1)
+        if self.task == "multiclass" and _classes_last(logits, targets):
+            logits = logits.movedim(-1, 1)
         if counted is not None:
             logits, targets = logits[counted], targets[counted]
         for metric in metrics.values():
@@ -159,3 +162,9 @@ class CalibrationMonitor(Monitor):
             lambda: draw_reliability(bins, norm=self.norm, title=title)[0],
             {name: values.tolist() for name, values in bins._asdict().items()},
         )
+
+
+def _classes_last(logits: Tensor, targets: Tensor) -> bool:
+    """Whether the shapes only fit with the classes on the last dimension (token logits)."""
+    first = logits.shape[:1] + logits.shape[2:]
+    return targets.shape == logits.shape[:-1] and targets.shape != first

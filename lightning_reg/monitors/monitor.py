@@ -175,6 +175,7 @@ class Monitor(Callback):
         self._capture = Capture()
         self._capture.attach(module, self._run.reader(self).layers())
         loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+        loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
         self._loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
         # Made for all dataloaders on all ranks, though a rank may have no batch of one: reading
         # them is a collective.
@@ -205,11 +206,6 @@ class Monitor(Callback):
         step.outputs = outputs
         step.records = self._user_calls(trainer, module)
         step.asked_by(self)  # type: ignore[arg-type]
-        if trainer.sanity_checking:
-            # A tensor that is not found is an error now, not after the first epoch.
-            for signal in self.needs:
-                getattr(step, signal)
-            return
         self.observe(self._metrics[dataloader_idx], step, self._counted(step, dataloader_idx))
 
     def _user_calls(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, list[Any]]:
@@ -227,6 +223,8 @@ class Monitor(Callback):
         return None if repeated is None else ~repeated
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
+        # The sanity check's batches are fed too, so that a tensor that is not found is an error
+        # before the first epoch; nothing of them is reported, and the next start makes new metrics.
         if self._run is None or trainer.sanity_checking:
             return
         for index, metrics in self._metrics.items():

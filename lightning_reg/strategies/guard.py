@@ -16,6 +16,8 @@ from lightning_reg.engine.regularizer import Regularizer
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+# What normalization layers, also those of a teacher, gather from their own rank's batches.
+_RUNNING = ("running_mean", "running_var")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -108,7 +110,8 @@ class ReplicaGuard:
         for technique in self.techniques:
             if technique.semantics != "local":
                 for path, tensor in _tensors(technique.state_dict(), "state"):
-                    yield f"{technique.state_key}.{path}", tensor.to(device)
+                    if not any(name in path for name in _RUNNING):
+                        yield f"{technique.state_key}.{path}", tensor.to(device)
 
     def _error(self, names: list[str], global_step: int) -> ReplicaError:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""

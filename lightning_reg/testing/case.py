@@ -73,8 +73,9 @@ class ContractCase:
         yaml: the same arguments as YAML writes them, where ``args`` are not plain.
         logs: the log keys that must be there; ``()`` for none. Default: ``reg/<name>`` for
             techniques that act in a phase which has a value.
-        joint: changes to ``args`` under which a technique whose semantics are ``"local"`` equals
-            one process with the joint batch, where it has such an option.
+        joint: changes to ``args`` under which N ranks equal one process with the joint batch.
+            For a technique whose semantics are ``"local"``, where it has such an option; for one
+            that acts in ``trainer.test``, where the host allows it (``{}``: as it is).
         tolerance: of comparisons that are equal up to rounding, relative to the largest weight.
 
     Example:

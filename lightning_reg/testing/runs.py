@@ -64,7 +64,7 @@ class Outcome:
     """What a run leaves: tensors and primitives only, so that ranks can send it.
 
     Attributes:
-        weights: parameters by name.
+        weights: parameters by name; of a test, those that the last batch left.
         buffers: buffers by name.
         start: the parameters before.
         optimizer: the optimizers' tensors, in the parameters' order.
@@ -137,7 +137,7 @@ class Run:
         states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
         counted = getattr(module, "counted", None)
         return Outcome(
-            weights=copies(module.named_parameters()),
+            weights=self._keeper.weights or copies(module.named_parameters()),
             buffers=copies(module.named_buffers()),
             start=start,
             optimizer=[v.detach().clone() for s in states for v in tensors_of(s).values()],
@@ -154,14 +154,16 @@ class StateKeeper(Callback):
     def __init__(self, technique: Regularizer | None) -> None:
         self._technique = technique
         self.state: dict[str, Any] = {}
+        self.weights: dict[str, Tensor] = {}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """At the end of a fit."""
         self._keep()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """At the end of a test."""
+        """At the end of a test, before the module gets its own weights back."""
         self._keep()
+        self.weights = copies(pl_module.named_parameters())
 
     def _keep(self) -> None:
         if self._technique is not None:

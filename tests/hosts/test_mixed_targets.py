@@ -262,9 +262,7 @@ def shares(technique) -> list[torch.Tensor]:
     positions = torch.eye(SIZE)[:, :, None, None].expand(SIZE, SIZE, 8, 8).repeat(4, 1, 1, 1)
     module = Reader()
     marked = TensorDataset(positions, torch.zeros(64, 1))
-    trainer(TECHNIQUES[technique](), max_epochs=1).fit(
-        module, DataLoader(marked, batch_size=SIZE)
-    )
+    trainer(TECHNIQUES[technique](), max_epochs=1).fit(module, DataLoader(marked, batch_size=SIZE))
     return module.seen
 
 
@@ -330,8 +328,7 @@ def test_labels_per_pixel_are_smoothed():
             self.net = nn.Conv2d(1, CLASSES, 1)
 
         def training_step(self, batch, batch_idx):
-            loss = F.cross_entropy(self(batch[0]), batch[1], label_smoothing=self.smoothing)
-            return loss
+            return F.cross_entropy(self(batch[0]), batch[1], label_smoothing=self.smoothing)
 
     pixels = (IMAGES[:, 0] * 2).long() % CLASSES
     ours, native = Segmenter(), Segmenter()

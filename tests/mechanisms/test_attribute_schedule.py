@@ -68,12 +68,8 @@ def test_the_own_value_comes_back(fails):
     assert module.scale == 5.0
 
 
-def test_a_technique_that_is_driven_acts_in_the_same_step():
-    class DriveMixup(AttributeSchedule):
-        def targets(self, trainer, pl_module):
-            mixup = next(c for c in trainer.callbacks if isinstance(c, Mixup))
-            return {"mixup.strength": (mixup, "strength")}
-
+@pytest.mark.parametrize("path", ["callbacks.Mixup.strength", "callbacks.mixup.strength"])
+def test_a_technique_that_is_driven_acts_in_the_same_step(path):
     def inputs(callbacks):
         class Keeps(Host):
             batches = []
@@ -86,7 +82,8 @@ def test_a_technique_that_is_driven_acts_in_the_same_step():
         fit(callbacks, module=module, max_epochs=1)
         return module.batches
 
-    drive = DriveMixup(StepSchedule([0.0, 1.0], [2], by="step"))
+    schedule = StepSchedule([0.0, 1.0], [2], by="step")
+    drive = AttributeSchedule(schedule, paths=[path])
     clean, mixed = inputs([]), inputs([drive, Mixup(1.0, probability=0.5)])
     equal = [torch.equal(a, b) for a, b in zip(clean, mixed, strict=True)]
     assert equal == [True, True, False, False]
@@ -114,3 +111,42 @@ def test_what_is_no_number_is_refused_before_training(value):
 def test_what_is_not_there_is_refused_before_training():
     with pytest.raises(ArgumentError, match="does not exist"):
         fit([Scale(0.5)], module=Host())
+
+
+def test_a_dotted_path_leads_into_the_module():
+    class Watch(Host):
+        rates = []
+
+        def training_step(self, batch, batch_idx):
+            self.rates.append(self.net[3].p)
+            return super().training_step(batch, batch_idx)
+
+    module = Watch(dropout=0.5)
+    schedule = LinearSchedule(0.4, 0.0, end=4, by="step")
+    fit([AttributeSchedule(schedule, paths=["net.3.p"])], module=module, max_epochs=1)
+    assert module.rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert module.net[3].p == 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("net.9.p", "no '9' on the way"),
+        ("net.3.rate", "does not exist"),
+        ("net.0.weight", "must be a number"),
+        ("callbacks.SAM.rho", "callback 'SAM'"),
+        ("callbacks.", "callback ''"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused_before_training(path, reason):
+    module = Scaled()
+    with pytest.raises(ArgumentError, match=reason):
+        fit([AttributeSchedule(0.5, paths=[path])], module=module)
+    assert module.seen == []
+
+
+def test_without_a_path_there_is_nothing_to_set():
+    with pytest.raises(ArgumentError, match="sets nothing"):
+        fit([AttributeSchedule(0.5)])
+    with pytest.raises(ArgumentError, match="a list of dotted paths"):
+        AttributeSchedule(0.5, paths="net.3.p")

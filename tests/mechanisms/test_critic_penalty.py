@@ -144,6 +144,17 @@ def test_mixed_precision_does_not_change_the_penalty():
     assert (weights(fp16) - exact).abs().max() < 1e-3
 
 
+def test_half_precision_samples_meet_float32_weights():
+    class Halves(GAN):
+        def regularize(self, loss, **signals):
+            if signals:
+                signals["real"] = signals["real"].bfloat16()
+            return super().regularize(loss, **signals)
+
+    module, _ = fit([Slope(0.5)], module=Halves(), precision="bf16-mixed")
+    assert (weights(module) - reference()).abs().max() < 1e-2
+
+
 def test_double_precision_is_kept():
     class Doubles(GAN):
         def training_step(self, batch, batch_idx):
@@ -252,3 +263,26 @@ def test_two_ranks_equal_the_joint_batch(ranks):
     first, second = ranks.run(train_on_ranks)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, reference(every=2), rtol=0, atol=1e-6)
+
+
+UNEQUAL = (slice(0, 3), slice(3, 16))
+
+
+def value_on_unequal_ranks():
+    run = rank_trainer(
+        callbacks=[Slope(0.5)],
+        strategy="ddp_find_unused_parameters_true",
+        max_epochs=1,
+        use_distributed_sampler=False,
+    )
+    run.fit(GAN(), loader(UNEQUAL[torch.distributed.get_rank()], batch_size=16))
+    return run.callback_metrics["reg/slope"].item()
+
+
+def test_each_sample_of_unequal_ranks_counts_once(ranks):
+    critic = GAN().critic
+    values = critic_gradient(critic, POINTS[:16]).square().sum(1).detach()
+    of_ranks = (values[UNEQUAL[0]].mean() + values[UNEQUAL[1]].mean()) / 2
+    assert (values.mean() - of_ranks).abs() > 1e-3
+    for value in ranks.run(value_on_unequal_ranks):
+        assert value == pytest.approx(values.mean().item(), rel=1e-5)

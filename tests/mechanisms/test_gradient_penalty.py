@@ -374,3 +374,24 @@ def test_two_ranks_equal_the_joint_batch(ranks):
     first, second = ranks.run(train_on_ranks)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, reference(), rtol=0, atol=1e-6)
+
+
+UNEQUAL = (slice(0, 3), slice(3, 16))
+
+
+def value_on_unequal_ranks():
+    share = UNEQUAL[torch.distributed.get_rank()]
+    data = TensorDataset(INPUTS[share], LABELS[share])
+    settings = {"max_epochs": 1, "use_distributed_sampler": False}
+    run = rank_trainer(callbacks=[Slope(0.1)], **settings)
+    run.fit(Host(), DataLoader(data, batch_size=16))
+    return run.callback_metrics["reg/slope"].item()
+
+
+def test_each_sample_of_unequal_ranks_counts_once(ranks):
+    x = INPUTS[:16].clone().requires_grad_()
+    values = squared_jacobian(Host().net(x), x).detach()
+    of_ranks = (values[UNEQUAL[0]].mean() + values[UNEQUAL[1]].mean()) / 2
+    assert (values.mean() - of_ranks).abs() > 1e-3
+    for value in ranks.run(value_on_unequal_ranks):
+        assert value == pytest.approx(values.mean().item(), rel=1e-5)

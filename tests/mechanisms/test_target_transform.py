@@ -32,7 +32,7 @@ def test_the_loss_is_the_cross_entropy_with_the_new_targets():
             return F.cross_entropy(self(x), q)
 
     technique = Towards(0.3)
-    ours, run = fit([technique], max_epochs=1)
+    ours, _ = fit([technique], max_epochs=1)
     plain, _ = fit([], module=Plain(), max_epochs=1)
     torch.testing.assert_close(weights(ours), weights(plain), rtol=0, atol=1e-6)
     assert torch.equal(torch.cat(technique.given), F.one_hot(LABELS, CLASSES).float())

@@ -208,6 +208,24 @@ def test_sparse_gradients_are_followed_as_dense_ones():
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sharpness", ["micro", "rank"])
+def test_layers_that_no_micro_batch_reaches_are_left_to_themselves(sharpness):
+    """A gradient of zeros in place of none would let weight decay shrink them."""
+
+    class Partly(Host):
+        def __init__(self):
+            super().__init__()
+            self.never = torch.nn.Linear(2, 2)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1, weight_decay=0.5)
+
+    module = Partly()
+    start = module.never.weight.detach().clone()
+    fit([Ascent(sharpness=sharpness)], module=module, batch_size=8, accumulate_grad_batches=2)
+    assert torch.equal(module.never.weight, start)
+
+
 def test_step_that_keeps_state_is_refused():
     class Stateful(Host):
         hidden = 0.0

@@ -149,6 +149,15 @@ def test_nan_rows_are_left_out_and_reported():
     assert abs(float(value) - textbook(LOGITS[kept], TARGETS[kept])) < 1e-9
 
 
+def test_nan_targets_are_left_out_too():
+    soft = np.random.default_rng(1).dirichlet(np.ones(5), 500)
+    kept = np.arange(500) != 3
+    expected = textbook(LOGITS[kept], soft[kept])
+    soft[3, 1] = np.nan
+    value = calibration_error(torch.tensor(LOGITS), torch.tensor(soft), from_logits=True)
+    assert abs(float(value) - expected) < 1e-9
+
+
 def test_a_masked_class_is_no_invalid_row():
     logits = torch.tensor(LOGITS)
     logits[:, 4] = -float("inf")

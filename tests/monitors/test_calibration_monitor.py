@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -21,6 +22,7 @@ from lightning_reg.engine import (
 from lightning_reg.engine.schedule import ClosedLoop
 from lightning_reg.metrics import calibration_error, predictive_entropy
 from lightning_reg.monitors import CalibrationMonitor
+from lightning_reg.monitors.figures import write_figure
 from lightning_reg.testing import rank_trainer
 from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
 
@@ -68,11 +70,17 @@ def test_logs_test_steps_under_their_own_name():
     check(run.callback_metrics, module, "test")
 
 
+class AfterSanityCheck(L.Callback):
+    def on_sanity_check_end(self, trainer, pl_module):
+        self.seen = dict(trainer.callback_metrics)
+
+
 def test_each_epoch_starts_afresh_and_the_sanity_check_is_not_counted():
-    ours = monitor()
+    ours, after = monitor(), AfterSanityCheck()
     module = Silent()
-    run = trainer([ours], num_sanity_val_steps=2)
+    run = trainer([ours, after], num_sanity_val_steps=2)
     run.fit(module, loader(), loader(batch_size=20))
+    assert after.seen == {}
     check(run.callback_metrics, module)
     assert int(ours.reliability["val"].counts.sum()) == len(INPUTS)
 
@@ -226,7 +234,7 @@ def test_figures_reach_tensorboard(tmp_path):
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert events.Tags()["images"] == ["val/reliability"]
-    assert not (tmp_path / "figures").exists()
+    assert not list(tmp_path.rglob("figures"))
 
 
 @pytest.mark.parametrize("with_logger", [True, False])
@@ -283,3 +291,62 @@ def test_two_ranks_equal_one_process_and_repeats_count_once(ranks):
 def test_bad_arguments_are_refused(arguments, cure):
     with pytest.raises(ArgumentError, match=cure):
         CalibrationMonitor(**arguments)
+
+
+def test_token_logits_have_their_classes_last():
+    class Tokens(Silent):
+        def validation_step(self, batch, batch_idx):
+            return {"logits": self(batch[0]).view(-1, 2, 4), "targets": batch[1].view(-1, 2)}
+
+    module, run = Tokens(), trainer([monitor()])
+    run.validate(module, loader(), verbose=False)
+    check(run.callback_metrics, module)
+
+
+def test_a_dict_of_dataloaders():
+    class Several(Silent):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self(batch[0])
+
+    module, run = Several(), trainer([monitor()])
+    run.validate(module, {"one": loader(), "other": loader()}, verbose=False)
+    check(run.callback_metrics, module, suffix="/dataloader_idx_1")
+
+
+class WandbLike:
+    experiment = None
+
+    def log_image(self, key, images, step):
+        self.call = (key, step)
+
+
+class MlflowLike:
+    run_id = "run"
+
+    def __init__(self):
+        self.experiment = self
+
+    def log_figure(self, run_id, figure, name):
+        self.call = (run_id, name)
+
+
+@pytest.mark.parametrize(
+    ("logger", "call"),
+    [
+        (WandbLike(), ("val/reliability", 7)),
+        (MlflowLike(), ("run", "val_reliability_step_00000007.png")),
+    ],
+)
+def test_figures_are_handed_to_loggers_by_what_they_can_do(tmp_path, logger, call):
+    run = SimpleNamespace(
+        log_dir=str(tmp_path), is_global_zero=True, global_step=7, loggers=[logger]
+    )
+    write_figure(run, "val/reliability", object, {})
+    assert logger.call == call
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_rank_zero_draws(tmp_path):
+    run = SimpleNamespace(log_dir=str(tmp_path), is_global_zero=False, global_step=0, loggers=[])
+    write_figure(run, "val/reliability", lambda: pytest.fail("drawn on another rank"), {})
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 import torch
@@ -9,11 +11,14 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from lightning_reg import catalogue
 from lightning_reg.engine import ParameterUpdate, Regularizer
 from lightning_reg.strategies.ddp_reg import RegularizedDDPStrategy
 from lightning_reg.strategies.guard import ReplicaError
 from lightning_reg.techniques.sharpness.sam import SAM
 from lightning_reg.testing.ranks import rank_trainer
+from lightning_reg.testing.subject import Subject
+from tests.contract import cases
 from tests.engine.simple import Host, loader, weights
 
 
@@ -87,3 +92,29 @@ def message(callbacks: str, host: str = "plain", every: int = 1, max_epochs: int
         return str(error)
     assert torch.isfinite(weights(module)).all()
     return ""
+
+
+def tripped_by_the_catalogue() -> dict[str, str]:
+    """What the guard says while each technique trains the host of its contract case."""
+    found: dict[str, str] = {}
+    for name, subject in subjects().items():
+        strategy = RegularizedDDPStrategy(guard_every_n_steps=1)
+        try:
+            subject.run(distributed=True, trainer={"strategy": strategy}).go()
+        except ReplicaError as error:
+            found[name] = str(error)
+    return found
+
+
+def subjects() -> dict[str, Subject]:
+    """Every technique that acts in a fit, with its contract case."""
+    classes = {cls.__name__: cls for cls in catalogue.techniques()}
+    modules = pkgutil.iter_modules(cases.__path__, f"{cases.__name__}.")
+    found: dict[str, Any] = {}
+    for info in modules:
+        found |= importlib.import_module(info.name).CASES
+    return {
+        name: Subject(classes[name], case)
+        for name, case in found.items()
+        if name in classes and case.stage == "fit"
+    }

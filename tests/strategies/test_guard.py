@@ -7,7 +7,7 @@ from torch import nn
 from lightning_reg.engine import ArgumentError
 from lightning_reg.strategies.ddp_reg import RegularizedDDPStrategy
 from lightning_reg.strategies.guard import WriteLedger, checksum
-from tests.strategies.drift import Drifts, message
+from tests.strategies.drift import Drifts, message, subjects, tripped_by_the_catalogue
 
 DTYPES = [
     torch.float64,
@@ -88,6 +88,11 @@ def test_masks_are_compared_and_running_statistics_are_not(ranks):
     one, other = ranks.run(message, "nothing", "masked")
     assert one == other
     assert "first in buffer 'net.0.mask'" in one
+
+
+def test_no_technique_of_the_catalogue_trips_it(ranks):
+    assert len(subjects()) > 10
+    assert ranks.run(tripped_by_the_catalogue) == [{}, {}]
 
 
 def test_compares_every_n_steps_and_at_the_end(ranks):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_reg.engine import ArgumentError, Regularizer, Step
 from lightning_reg.engine.errors import check_range
+from lightning_reg.engine.technique import Technique
 from lightning_reg.engine.update import ParameterUpdate
-from lightning_reg.testing import ContractCase, Probe
+from lightning_reg.testing import ClassifierHost, ContractCase, HostOptions, Probe
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -377,3 +378,142 @@ class ExemptsFromNothing(Good):
 
 class ExemptsWithoutReason(Good):
     exemptions = {"resume": " "}
+
+
+# ---------------------------------------------------------------------- in trainer.test
+
+
+class GoodInTest(Good):
+    """Moves the head's bias with what it sees in a test, and back at its end."""
+
+    needs = ()
+
+    def __init__(self, strength: float = 0.5, *, name: str | None = None) -> None:
+        super().__init__(strength, name=name)
+        self.kept: Tensor | None = None
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.kept = pl_module.head.bias.detach().clone()
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        seen = trainer.strategy.reduce(pl_module.seen[-1][1].mean(0), reduce_op="mean")
+        if seen.isfinite().all():
+            pl_module.head.bias.data -= self.strength * seen
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self.put_back(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self.put_back(pl_module)
+
+    def put_back(self, module: Any) -> None:
+        if self.kept is not None:
+            module.head.bias.data.copy_(self.kept)
+            self.kept = None
+
+
+class AdaptsEachRankByItself(GoodInTest):
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        pl_module.head.bias.data -= self.strength * pl_module.seen[-1][1].mean(0)
+
+
+class LeavesAMarkAfterATest(GoodInTest):
+    def put_back(self, module: Any) -> None:
+        super().put_back(module)
+        module.adapted = True
+
+
+class StopsAfterATest(GoodInTest):
+    """Does not adapt when it is used again."""
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
+        type(self).runs = getattr(type(self), "runs", 0) + 1
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if type(self).runs == 1:
+            super().on_test_batch_end(trainer, pl_module, *args)
+
+
+GOOD_IN_TEST = ContractCase(
+    args={"strength": 0.5},
+    neutral={"strength": 0.0},
+    bad=[{"strength": -1.0}],
+    gradcheck=good_gradcheck,
+    stage="test",
+    logs=(),
+    joint={},
+)
+
+
+# ---------------------------------------------------------------------- mixins
+
+
+class GoodMixin(Technique):
+    """Adds the penalty to a host's own loss."""
+
+    semantics = "global"
+    function = staticmethod(confidence)
+
+    def __init__(self, options: HostOptions, strength: float = 0.5) -> None:
+        if not 0 <= strength < float("inf"):
+            raise ArgumentError("GoodMixin", f"`strength` is {strength}", cure="strength=0.5")
+        super().__init__(options)
+        self.strength = strength
+
+    def compute(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        loss, signals = super().compute(batch)
+        return (loss + self.extra(signals) if self.strength else loss), signals
+
+    def extra(self, signals: dict[str, Any]) -> Tensor:
+        return self.strength * confidence(signals["logits"])
+
+
+class GoodMixinHost(GoodMixin, ClassifierHost):
+    pass
+
+
+class OtherWeights(GoodMixin):
+    def build(self, options: HostOptions) -> None:
+        self.extra_head = nn.Linear(16, 4)
+        super().build(options)
+
+
+class OtherWeightsHost(OtherWeights, ClassifierHost):
+    pass
+
+
+class LocalMixin(GoodMixin):
+    def extra(self, signals: dict[str, Any]) -> Tensor:
+        return signals["logits"].var(0).log().mean()
+
+
+class LocalMixinHost(LocalMixin, ClassifierHost):
+    pass
+
+
+def good_mixin(options: HostOptions, args: Any) -> Any:
+    return GoodMixinHost(options, **args)
+
+
+def other_weights(options: HostOptions, args: Any) -> Any:
+    return OtherWeightsHost(options, **args)
+
+
+def local_mixin(options: HostOptions, args: Any) -> Any:
+    return LocalMixinHost(options, **args)
+
+
+GOOD_MIXIN = ContractCase(
+    args={"strength": 0.5},
+    neutral={"strength": 0.0},
+    bad=[{"strength": -1.0}],
+    gradcheck=good_gradcheck,
+    mixin=good_mixin,
+)

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_reg.testing import CHECKS, ContractError, check_regularizer
 from tests.testing import broken as b
-from tests.testing.broken import GOOD
+from tests.testing.broken import GOOD, GOOD_IN_TEST, GOOD_MIXIN
 
 # (check, technique, changes of the good case, what the message says)
 BROKEN = [
@@ -74,6 +74,54 @@ def test_catches(check, technique, changes, text, ranks):
     message = str(caught.value)
     assert message.startswith(f"{technique.__name__} breaks the check {check!r}: ")
     assert text in message
+
+
+def kept(names):
+    return [name for name, result in names.items() if result == "kept"]
+
+
+def test_a_good_technique_in_a_test_keeps_what_has_a_meaning(ranks):
+    result = check_regularizer(b.GoodInTest, GOOD_IN_TEST, ranks)
+    left = sorted(result.keys() - set(kept(result)))
+    assert left == ["accumulation", "order", "resume", "signals"]
+
+
+@pytest.mark.parametrize(
+    ("check", "technique", "text"),
+    [
+        ("replicas", b.AdaptsEachRankByItself, "disagree in a parameter"),
+        ("semantics", b.AdaptsEachRankByItself, "declared 'global'"),
+        ("non_finite", b.AdaptsEachRankByItself, "is not finite"),
+        ("restores", b.LeavesAMarkAfterATest, "`adapted` of the module is new"),
+        ("restores", b.StopsAfterATest, "two equal runs"),
+    ],
+)
+def test_catches_in_a_test(check, technique, text, ranks):
+    with pytest.raises(
+        ContractError, match=f"{technique.__name__} breaks the check '{check}'"
+    ) as e:
+        check_regularizer(technique, GOOD_IN_TEST, ranks, checks=[check])
+    assert text in str(e.value)
+
+
+def test_a_good_mixin_keeps_what_has_a_meaning(ranks):
+    result = check_regularizer(b.GoodMixin, GOOD_MIXIN, ranks)
+    assert sorted(result.keys() - set(kept(result))) == ["order", "signals", "yaml"]
+
+
+@pytest.mark.parametrize(
+    ("check", "technique", "mixin", "text"),
+    [
+        ("neutral", b.OtherWeights, b.other_weights, "not those of a run without"),
+        ("semantics", b.LocalMixin, b.local_mixin, "declared 'global'"),
+    ],
+)
+def test_catches_mixins(check, technique, mixin, text, ranks):
+    with pytest.raises(
+        ContractError, match=f"{technique.__name__} breaks the check '{check}'"
+    ) as e:
+        check_regularizer(technique, replace(GOOD_MIXIN, mixin=mixin), ranks, checks=[check])
+    assert text in str(e.value)
 
 
 def test_every_check_is_seen_failing():

@@ -84,6 +84,7 @@ class OrthoGrad(GradientTransform):
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(ortho_grad)
     explanation: ClassVar[str] = "takes the part along the weight out of its gradient"
+    default_selection = EVERYTHING
 
     def __init__(
         self,

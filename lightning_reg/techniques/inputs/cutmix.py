@@ -80,8 +80,9 @@ class CutMix(BatchTransform):
     ``lam = 1 - area / (H W)`` of the box that is left. Checked against the official code
     (clovaai/CutMix-PyTorch, ``train.py``) and as there: sides are rounded down, and a side of an
     odd number of pixels loses one more. So with ``alpha=1`` ``lam`` has a mean of 0.679 and not
-    of 0.5, and of 0.70 on 32 x 32 pixels, where rounding takes more. Defaults of that code: ``alpha=1``; probability 0.5 on CIFAR, 1 on ImageNet. One box
-    serves the whole batch there, as here; ``per="sample"`` draws one for each image.
+    of 0.5, and of 0.70 on 32 x 32 pixels, where rounding takes more. Defaults of that code:
+    ``alpha=1``; probability 0.5 on CIFAR, 1 on ImageNet. One box serves the whole batch there,
+    as here; ``per="sample"`` draws one for each image.
 
     What happens to labels: class indices stay in the batch, so that a metric which your step
     updates with them goes on counting whole labels (against the label of the image around the

@@ -27,8 +27,8 @@ class MixSwitch(BatchTransform):
 
     Mixed samples cannot be mixed again, so Mixup and CutMix side by side are refused; this is
     how to use both. Common practice in image classification (with equal shares, ``Mixup(0.8)``
-    and ``CutMix(1.0)`` for vision transformers) and of no single paper; the papers are those of
-    the mixers.
+    and ``CutMix(1.0)`` for vision transformers); no paper of its own. The mixers are those of
+    Zhang et al. (2017), arXiv:1710.09412, and Yun et al. (2019), arXiv:1905.04899, among others.
 
     What happens to labels is what the mixers say: class indices stay in the batch, and the loss
     is the cross-entropy of the captured logits with the mixed labels; float targets are mixed in
@@ -62,7 +62,15 @@ class MixSwitch(BatchTransform):
         >>> trainer = L.Trainer(callbacks=[MixSwitch([Mixup(0.2), CutMix(1.0)])], logger=False)
     """
 
-    papers: ClassVar[tuple[Paper, ...]] = ()
+    papers: ClassVar[tuple[Paper, ...]] = (
+        Paper("mixup: Beyond Empirical Risk Minimization", "Zhang et al.", 2017, "1710.09412"),
+        Paper(
+            "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features",
+            "Yun et al.",
+            2019,
+            "1905.04899",
+        ),
+    )
     exemptions: ClassVar[Mapping[str, str]] = {
         **MIXING_EXEMPTIONS,
         "formula": "it computes nothing of its own: the mixer that was drawn does",

@@ -56,7 +56,7 @@ def dropout_factor(
 def _schedule(cutoff: float, mode: Mode, shape: Shape, end: float, by: By) -> Schedule:
     early = mode == "early"
     before, after = (1.0, 0.0) if early else (0.0, 1.0)
-    if shape == "constant" or cutoff == 0 and early:
+    if shape == "constant" or (cutoff == 0 and early):
         return StepSchedule([before, after], [cutoff], by=by)
     if early:
         return LinearSchedule(1.0, 0.0, start=0, end=cutoff, by=by)

@@ -30,7 +30,9 @@ def _of_an_order(subject: Subject) -> str | None:
 
 
 def _of_joint_batches(subject: Subject) -> str | None:
-    if subject.cls.semantics == "local" and subject.case.joint is None:
+    if subject.case.joint is not None:
+        return None
+    if subject.cls.semantics == "local":
         return "it is declared 'local': defined per rank, so no joint batch is claimed"
     return _of_a_fit(subject)
 
@@ -54,7 +56,7 @@ CHECKS: dict[str, Check] = {
         Check("acts", acts),
         Check("formula", formula),
         Check("gradient", gradient),
-        Check("replicas", replicas, _of_a_fit),
+        Check("replicas", replicas),
         Check("semantics", semantics, _of_joint_batches),
         Check("accumulation", accumulation, _of_automatic_optimization),
         Check("resume", resume, _of_a_fit),

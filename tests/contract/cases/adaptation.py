@@ -19,7 +19,6 @@ def _logits():
     return torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-_BATCHES = [(torch.linspace(-2, 2, 48).sin().view(6, 8), torch.zeros(6, dtype=torch.long))]
 _KEEPING = {"entropy_threshold": 3.0, "cosine_threshold": 1.0, "lr": 0.1}
 
 
@@ -35,11 +34,11 @@ CASES = {
         logs=("reg/tent", "reg/tent_kept"),
     ),
     "EATA": ContractCase(
-        args={"fisher_strength": 10.0, "fisher_loader": _BATCHES, **_KEEPING},
-        yaml={"fisher_strength": 0.0, **_KEEPING},
+        # A loader cannot be written to YAML: the Fisher information has tests of its own.
+        args={"fisher_strength": 0.0, **_KEEPING},
         neutral={"strength": 0.0},
         bad=[
-            {"fisher_loader": None},
+            {"fisher_strength": 5.0},
             {"entropy_threshold": 0.0},
             {"cosine_threshold": 1.5},
             {"fisher_strength": -1.0},

@@ -35,16 +35,18 @@ def test_logged_value_is_the_mean_entropy_before_the_updates():
 def test_it_recovers_accuracy_under_a_shift_in_every_seed():
     # The shift changes contrast and offset of every image, which batch statistics see, and adds
     # noise, which they do not.
+    gains = []
     for seed in range(3):
         module, (_, test) = trained(seed)
         clean = accuracy(module, test)
         source = accuracy(module, shifted(test))
         statistics = accuracy(module, shifted(test), Tent(lr=0.0))
-        adapted = accuracy(module, shifted(test), Tent(lr=0.02, keep=False), passes=3)
+        gains.append(accuracy(module, shifted(test), Tent(lr=0.1), passes=3) - statistics)
         assert clean > 0.9
-        assert source < clean - 0.2
-        assert statistics > source + 0.1
-        assert adapted > statistics, (adapted, statistics)
+        assert source < clean - 0.5
+        assert statistics > source + 0.3
+    assert min(gains) > 0, gains
+    assert sum(gains) / 3 > 0.003, gains
 
 
 def test_gradient_pushes_the_largest_logit_up():

@@ -116,6 +116,13 @@ def test_a_dead_row_gets_no_gradient_and_counts_as_a_sample():
     assert (gradient(rows)[3] == 0).all()
 
 
+def test_dead_rows_among_others_get_no_gradient_in_float32():
+    # The rounding of the eigenvectors, divided by a length of almost 0, would be about 1e4.
+    rows = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    rows[2] = rows[4] = 0
+    assert (gradient(rows)[[2, 4]] == 0).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_feature_that_is_not_finite_gives_nan_and_does_not_raise(bad):
     rows = torch.randn(4, 3)

@@ -193,29 +193,28 @@ def test_two_ranks_with_joint_batches_train_as_one_process(ranks):
 
 
 def memorized(callbacks, seed):
-    """The share of wrong labels that the model reproduces after training."""
+    """The share of wrong labels that the model reproduces, and its accuracy on clean ones."""
     generator = torch.Generator().manual_seed(seed)
     clean = torch.arange(200) % 4
-    x = 2.0 * F.one_hot(clean, 4) + torch.randn(200, 4, generator=generator)
-    x = torch.cat([x, torch.randn(200, 60, generator=generator)], 1)
+    x = 3.0 * F.one_hot(clean, 4) + torch.randn(200, 4, generator=generator)
+    x = torch.cat([x, torch.randn(200, 30, generator=generator)], 1)
     wrong = torch.rand(200, generator=generator) < 0.4
-    noisy = torch.where(wrong, (clean + 1 + torch.arange(200) % 3) % 4, clean)
-    data = IndexedDataset(TensorDataset(x, noisy))
+    other = clean + 1 + torch.randint(0, 3, (200,), generator=generator)
+    noisy = torch.where(wrong, other % 4, clean)
+    data = TensorDataset(x, noisy)
 
-    class Linear(Host):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-
-    module = Linear()
-    loader = DataLoader(data, batch_size=50) if callbacks else DataLoader(data.dataset, batch_size=50)
-    trainer(callbacks, max_epochs=25).fit(module, loader)
+    module = Host(lr=0.04)
+    module.net = nn.Sequential(nn.Linear(34, 64), nn.ReLU(), nn.Linear(64, 4))
+    data = IndexedDataset(data) if callbacks else data
+    trainer(callbacks, max_epochs=60).fit(module, DataLoader(data, batch_size=100))
     with torch.no_grad():
         said = module(x).argmax(1)
-    return (said == noisy)[wrong].float().mean().item()
+    return (said == noisy)[wrong].float().mean().item(), (said == clean).float().mean().item()
 
 
 def test_wrong_labels_are_memorized_less():
-    with_it = [memorized([EarlyLearning(3.0, beta=0.7)], seed) for seed in range(3)]
-    without = [memorized([], seed) for seed in range(3)]
-    assert max(with_it) < min(without) - 0.2
+    with_it = [memorized([EarlyLearning(3.0, beta=0.7)], seed) for seed in range(2)]
+    without = [memorized([], seed) for seed in range(2)]
+    # 40 % of the labels are wrong; a network of this size fits all of them.
+    assert max(fit for fit, _ in with_it) < 0.5 < 0.95 < min(fit for fit, _ in without)
+    assert min(right for _, right in with_it) > max(right for _, right in without)

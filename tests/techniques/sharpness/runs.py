@@ -56,13 +56,14 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What a run leaves, and the weights after each of its batches."""
+    """What a run leaves; ``history`` has the weights after each batch, ``seen`` in each pass."""
 
     weights: torch.Tensor
     history: list[torch.Tensor]
     metrics: dict[str, float]
     buffers: dict[str, torch.Tensor]
     losses: list[float]
+    seen: list[torch.Tensor]
 
 
 class Sometimes(Host):
@@ -81,9 +82,14 @@ class Sometimes(Host):
 
 
 class Overflows(Host):
-    """On rank 1 (or alone) the second batch's gradient overflows in fp16."""
+    """On rank 1 (or alone) the second batch's gradient overflows in fp16; keeps what it saw."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seen: list[torch.Tensor] = []
 
     def training_step(self, batch, batch_idx):
+        self.seen.append(weights(self).clone())
         loss = super().training_step(batch, batch_idx)
         last = not dist.is_initialized() or dist.get_rank() == 1
         return loss * 1e38 if batch_idx == 1 and last else loss
@@ -155,6 +161,7 @@ def train(setting: Setting, folder: str = "", resume: str = "", **settings: Any)
         {k: float(v) for k, v in run.callback_metrics.items()},
         {k: v.clone() for k, v in module.named_buffers()},
         history.losses,
+        getattr(module, "seen", []),
     )
 
 
