@@ -23,8 +23,8 @@ def ten() -> list[Callback]:
         reg.EntropyPenalty(0.0),
         reg.VonNeumannEntropy(0.0, layer="encoder"),
         reg.LabelSmoothing(0.0),
-        reg.Mixup(strength=0.0),
-        reg.Cutout(strength=0.0),
+        reg.Mixup(probability=0.0),
+        reg.Cutout(probability=0.0),
         reg.SAM(rho=0.0),
         reg.ConfidencePenalty(0.0, name="second"),
     ]

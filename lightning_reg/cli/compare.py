@@ -130,7 +130,8 @@ def _train(settings: Settings, console: Any) -> list[Any]:
     planned = jobs(settings)
     done = []
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(planned[0].arm, total=len(planned) * settings.epochs)
+        total = len(planned) * settings.epochs
+        task = progress.add_task(f"seed {planned[0].seed}: {planned[0].arm}", total=total)
         for result in run_all(settings, lambda epochs: progress.advance(task, epochs)):
             done.append(result)
             following = planned[min(len(done), len(planned) - 1)]

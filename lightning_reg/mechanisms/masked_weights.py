@@ -69,7 +69,9 @@ class MaskedWeights(SelectedWeights):
             generator: the same on all ranks.
         """
 
-    def on_new_masks(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+    def on_new_masks(
+        self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
+    ) -> None:
         """Change the weights that are kept, once, when masks are new; under ``no_grad``."""
 
     def on_model_ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

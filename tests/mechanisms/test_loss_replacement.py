@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lightning_reg.engine import ArgumentError, RegularizationError
-from lightning_reg.mechanisms.loss_replacement import LossReplacement
 from lightning_reg.engine.schedule import LinearSchedule
+from lightning_reg.mechanisms.loss_replacement import LossReplacement
 from tests.engine.simple import CLASSES, INPUTS, LABELS, Host, fit, weights
 
 

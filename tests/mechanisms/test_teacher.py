@@ -70,7 +70,7 @@ def test_past_is_the_module_at_the_start_of_the_epoch():
 
 def test_reference_stays():
     technique = Follow(source="reference")
-    module, _ = fit([technique], max_epochs=2)
+    fit([technique], max_epochs=2)
     assert torch.equal(weights(technique.teacher.network), weights(Host()))
     torch.testing.assert_close(technique.said[4], Host()(INPUTS[:16]).detach())
 

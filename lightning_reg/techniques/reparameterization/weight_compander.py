@@ -120,7 +120,7 @@ class WeightCompander(Reparameterization):
         """The arctangent of one layer."""
         largest = float(weight.abs().max())
         # A layer of zeros gets the scale of a usual initialization.
-        needed = (largest + 0 / math.sqrt(weight[0].numel())) / (math.pi / 2)
+        needed = (largest or 1 / math.sqrt(weight[0].numel())) / (math.pi / 2)
         alpha = 2 * needed if self.alpha is None else self.alpha
         if largest >= alpha * math.pi / 2:
             raise ArgumentError(

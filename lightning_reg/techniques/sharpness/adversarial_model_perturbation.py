@@ -32,7 +32,7 @@ def adversarial_model_perturbation(
         The clipped displacements, in their shapes and dtypes.
     """
     displacement = list(displacement)
-    # Squares of half-precision values are summed in float32.
+    # In half precision the norm of many gradients overflows.
     dtype = torch.promote_types(displacement[0].dtype, torch.float32)
     norms = torch.stack(torch._foreach_norm(displacement, 2, dtype=dtype))
     if not per_tensor:

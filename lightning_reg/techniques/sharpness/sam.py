@@ -44,7 +44,7 @@ def sam_perturbation(
     scaled = [i for i, w in enumerate(weights or ()) if w is not None]
     scales = _scales([weights[i] for i in scaled], eta) if weights is not None else []
     directions = _times(list(gradients), scaled, scales)
-    # Squares of half-precision gradients are summed in float32.
+    # In half precision the norm of many gradients overflows.
     dtype = torch.promote_types(directions[0].dtype, torch.float32)
     norms = torch._foreach_norm(directions, 2, dtype=dtype)
     factor = rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12)

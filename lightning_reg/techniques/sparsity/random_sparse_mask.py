@@ -153,7 +153,9 @@ class RandomSparseMask(MaskedWeights):
         )
         return dict(zip(weights, drawn, strict=True))
 
-    def on_new_masks(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+    def on_new_masks(
+        self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]
+    ) -> None:
         """Weights that are kept make up for those that are not."""
         if not self.rescale:
             return

@@ -85,10 +85,11 @@ def test_zero_gradient_moves_nothing():
         assert all(torch.equal(e, torch.zeros_like(e)) for e in moves)
 
 
-def test_half_precision_squares_do_not_underflow():
-    (found,) = sam_perturbation([torch.full((4,), 2.0**-14, dtype=torch.float16)], 1.0)
+def test_half_precision_norm_does_not_overflow():
+    # The norm is 120000, and the largest number of float16 is 65504.
+    (found,) = sam_perturbation([torch.full((16,), 30000.0, dtype=torch.float16)], 1.0)
     assert found.dtype == torch.float16
-    assert torch.equal(found, torch.full((4,), 0.5, dtype=torch.float16))
+    assert torch.equal(found, torch.full((16,), 0.25, dtype=torch.float16))
 
 
 def test_no_gradient_passes_through_the_perturbation():

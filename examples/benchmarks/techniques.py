@@ -1,0 +1,70 @@
+"""The step time of each technique at its default settings, as a ratio to the plain step.
+
+Run ``python examples/benchmarks/techniques.py``; a small convnet at batch 64, one thread, all
+variants interleaved in one run. ``--only SAM NormLoss`` measures some of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from lightning.pytorch.callbacks import Callback
+from timing import images, measure, ratios
+
+import lightning_reg as reg
+
+TECHNIQUES: dict[str, Callable[[], Callback]] = {
+    "NormLoss": reg.NormLoss,
+    "OrthogonalRegularizer": reg.OrthogonalRegularizer,
+    "LogitAttenuatingWeightNorm": reg.LogitAttenuatingWeightNorm,
+    "OrthoGrad": reg.OrthoGrad,
+    "StableMax": reg.StableMax,
+    "WeightCompander": reg.WeightCompander,
+    "RandomSparseMask": reg.RandomSparseMask,
+    "PreviousTaskAnchor": reg.PreviousTaskAnchor,
+    "SAM": reg.SAM,
+    "AdversarialModelPerturbation": reg.AdversarialModelPerturbation,
+    "ConfidencePenalty": reg.ConfidencePenalty,
+    "EntropyPenalty": reg.EntropyPenalty,
+    "VonNeumannEntropy": lambda: reg.VonNeumannEntropy(layer="encoder"),
+    "JacobianPenalty": reg.JacobianPenalty,
+    "LabelSmoothing": reg.LabelSmoothing,
+    "ACLS": reg.ACLS,
+    "Mixup": reg.Mixup,
+    "CutMix": reg.CutMix,
+    "Cutout": reg.Cutout,
+    "Mixout": reg.Mixout,
+    "DropoutSchedule": reg.DropoutSchedule,
+    "LDRLoss": reg.LDRLoss,
+    "ALDRKLLoss": reg.ALDRKLLoss,
+    "DynamicLossReweighting": reg.DynamicLossReweighting,
+    "EarlyLearning": reg.EarlyLearning,
+    "ProgressiveSelfDistillation": reg.ProgressiveSelfDistillation,
+}
+
+
+def main() -> None:
+    """Measure and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="*", choices=list(TECHNIQUES))
+    arguments = parser.parse_args()
+    chosen = {n: f for n, f in TECHNIQUES.items() if not arguments.only or n in arguments.only}
+    variants: dict[str, Callable[[], list[Callback]]] = {"plain": list}
+    variants |= {name: lambda make=make: [make()] for name, make in chosen.items()}
+    times = measure(
+        variants,
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        loader=lambda: images(64 * 16, reg.IndexedDataset),
+    )
+    print("| technique | step time / plain step |\n| --- | --- |")
+    for name, (ratio, spread) in ratios(times, "plain").items():
+        if name != "plain":
+            print(f"| `{name}` | {ratio:.2f} ± {spread:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
