@@ -108,10 +108,10 @@ def find(name: str) -> type[Any]:
         ArgumentError: if there is none; the message holds the nearest names.
     """
     known = {c.__name__: c for c in [*techniques(), *metrics(), *monitors()]}
-    match = {key.lower(): key for key in known}.get(name.lower())
-    if match is not None:
-        return known[match]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    lower = {key.lower(): key for key in known}
+    if name.lower() in lower:
+        return known[lower[name.lower()]]
+    near = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)]
     raise ArgumentError(
         "lightning_reg",
         f"there is no technique named {name!r}"

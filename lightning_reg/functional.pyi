@@ -1,7 +1,14 @@
 # Written by `python -m lightning_reg._stubs`; a test keeps it current.
 from lightning_reg.metrics.calibration import calibration_error as calibration_error
 from lightning_reg.metrics.entropy import predictive_entropy as predictive_entropy
+from lightning_reg.techniques.adaptation.eata import eata as eata
+from lightning_reg.techniques.adaptation.tent import tent as tent
 from lightning_reg.techniques.continual.previous_task_anchor import previous_task_anchor as previous_task_anchor
+from lightning_reg.techniques.contrastive.decoupled_contrastive import decoupled_contrastive as decoupled_contrastive
+from lightning_reg.techniques.contrastive.vicreg import vicreg as vicreg
+from lightning_reg.techniques.distillation.dual_head_distillation import alignment_factor as alignment_factor
+from lightning_reg.techniques.distillation.dual_head_distillation import dual_head_distillation as dual_head_distillation
+from lightning_reg.techniques.distillation.progressive_self_distillation import progressive_self_distillation as progressive_self_distillation
 from lightning_reg.techniques.features.von_neumann_entropy import von_neumann_entropy as von_neumann_entropy
 from lightning_reg.techniques.generative.r1_penalty import r1_penalty as r1_penalty
 from lightning_reg.techniques.generative.wasserstein_gradient_penalty import wasserstein_gradient_penalty as wasserstein_gradient_penalty
@@ -14,6 +21,9 @@ from lightning_reg.techniques.inputs.cutout import cutout as cutout
 from lightning_reg.techniques.inputs.mixup import mixup as mixup
 from lightning_reg.techniques.labels.acls import acls as acls
 from lightning_reg.techniques.labels.label_smoothing import label_smoothing as label_smoothing
+from lightning_reg.techniques.noise.dropout_schedule import dropout_factor as dropout_factor
+from lightning_reg.techniques.noise.mixout import mixout as mixout
+from lightning_reg.techniques.noise.multi_sample_dropout import multi_sample_dropout as multi_sample_dropout
 from lightning_reg.techniques.noisy_labels.early_learning import early_learning as early_learning
 from lightning_reg.techniques.noisy_labels.ldr_loss import adaptive_lambda as adaptive_lambda
 from lightning_reg.techniques.noisy_labels.ldr_loss import aldr_loss as aldr_loss
@@ -21,8 +31,11 @@ from lightning_reg.techniques.noisy_labels.ldr_loss import ldr_loss as ldr_loss
 from lightning_reg.techniques.outputs.confidence_penalty import confidence_penalty as confidence_penalty
 from lightning_reg.techniques.outputs.entropy_penalty import entropy_penalty as entropy_penalty
 from lightning_reg.techniques.outputs.stable_max import stable_max as stable_max
+from lightning_reg.techniques.reparameterization.weight_compander import weight_compander as weight_compander
+from lightning_reg.techniques.reweighting.dynamic_loss_reweighting import dynamic_loss_reweighting as dynamic_loss_reweighting
 from lightning_reg.techniques.sharpness.adversarial_model_perturbation import adversarial_model_perturbation as adversarial_model_perturbation
 from lightning_reg.techniques.sharpness.sam import sam_perturbation as sam_perturbation
+from lightning_reg.techniques.sparsity.random_sparse_mask import random_sparse_mask as random_sparse_mask
 from lightning_reg.techniques.weights.logit_attenuating_weight_norm import logit_attenuating_weight_norm as logit_attenuating_weight_norm
 from lightning_reg.techniques.weights.norm_loss import norm_loss as norm_loss
 from lightning_reg.techniques.weights.orthogonal_regularizer import orthogonal_regularizer as orthogonal_regularizer

@@ -63,7 +63,9 @@ class Communicator:
             dist.all_reduce(result, kind, group=self.group)
             return result
         total: Tensor = _Sum.apply(tensor, self.group)  # type: ignore[no-untyped-call]
-        return total.div(self.world_size) if op == "mean" else total
+        if op == "mean":
+            total = total / self.world_size
+        return total
 
     def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean of all ranks' values, each sample counting once however they are spread.

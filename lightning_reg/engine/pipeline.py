@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -12,19 +11,24 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine.capture import Capture
+from lightning_reg.engine.checks import (
+    acts_in_loss,
+    check_applied,
+    check_manual,
+    check_rerun,
+    check_strategy,
+)
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.criterion import Criterion
 from lightning_reg.engine.data_hooks import check_data_hooks
 from lightning_reg.engine.errors import RegularizationError, UnsupportedError
 from lightning_reg.engine.idle_hooks import mute_idle_hooks, unmute_hooks
+from lightning_reg.engine.outputs import loss_of, split_arguments, with_loss
 from lightning_reg.engine.patch import MethodPatch
 from lightning_reg.engine.planner import Plan
 from lightning_reg.engine.random import base_seed, rng_state, stream
 from lightning_reg.engine.regularizer import (
-    CRITERION_PHASES,
-    WEIGHT_PHASES,
     Regularizer,
-    overrides,
 )
 from lightning_reg.engine.rerun import replayed_rng, without_trace
 from lightning_reg.engine.sampler import padding_mask
@@ -32,9 +36,7 @@ from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.signals import SignalReader
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.update import ParameterUpdate
-
-_SHARDED = ("FSDP", "ModelParallel", "DeepSpeed", "XLA")
-_LOSS_PHASES = (*CRITERION_PHASES, "penalty")
+from lightning_reg.engine.value_log import ValueLog
 
 
 class TrainingStepPipeline:
@@ -61,7 +63,7 @@ class TrainingStepPipeline:
         self._readers = {t.name: SignalReader(t, module) for t in self.plan.techniques}
         self._patches: list[MethodPatch] = []
         self._ready: list[Regularizer] = []
-        self._logs: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._log = ValueLog()
         self._last_global_step = 0
         self._total_steps = 0.0
         self._rerun_checked = False
@@ -74,8 +76,8 @@ class TrainingStepPipeline:
     def attach(cls, trainer: pl.Trainer, module: pl.LightningModule) -> TrainingStepPipeline:
         """Plan, check, and patch the module; techniques know the pipeline from then on."""
         pipeline = cls(trainer, module)
-        pipeline._check_strategy()
-        pipeline._check_manual()
+        check_strategy(trainer, pipeline.plan.techniques)
+        check_manual(module, pipeline.plan.techniques)
         for technique in pipeline.plan.techniques:
             technique._pipeline = pipeline
         step = MethodPatch(module, "training_step", pipeline.training_step)
@@ -125,7 +127,7 @@ class TrainingStepPipeline:
 
     def training_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """What the Trainer calls in place of the user's training step."""
-        args, kwargs, batch = _split(args, kwargs)
+        args, kwargs, batch = split_arguments(args, kwargs)
         step = Step(self, batch, self.batch_idx)
         self.step = step
         for technique in self._members("prepare", self.plan.techniques):
@@ -140,10 +142,12 @@ class TrainingStepPipeline:
         if total is None:
             return step.outputs
         for technique in replayed:
-            self._check_rerun(technique, step, total)
+            if not self._rerun_checked:
+                check_rerun(technique, total, lambda: self.rerun(step))
+                self._rerun_checked = True
             with self.writing(technique):
                 total = technique.perturb(step.asked_by(technique), total)
-        return _with_loss(step.outputs, total)
+        return with_loss(step.outputs, total)
 
     def _evaluate(
         self,
@@ -159,7 +163,7 @@ class TrainingStepPipeline:
                 stack.enter_context(technique.forward_context(step.asked_by(technique)))
             step.records = stack.enter_context(self._capture.recording())
             step.outputs = original(step.batch, *args, **kwargs)
-        loss = _loss_of(step.outputs)
+        loss = loss_of(step.outputs)
         if loss is None or not self.module.automatic_optimization:
             return None
         step.loss = loss
@@ -249,8 +253,10 @@ class TrainingStepPipeline:
                         with self.writing(technique):
                             value = technique.project(update)
                         update.log(technique, value)
-            self._flush_logs()
-        self._check_applied()
+            self._log.flush(self.module, self.comm)
+        if self.step is not None and not self._applied_checked:
+            self._applied_checked = True
+            check_applied(self.module, self.step, self._active(self.step), self.applied)
         self.step = None
 
     # ------------------------------------------------------------------ services
@@ -278,8 +284,7 @@ class TrainingStepPipeline:
 
     def collect_log(self, technique: Regularizer, value: Tensor | float, suffix: str = "") -> None:
         """Keep a value for the log of this optimizer step; micro-batches are averaged."""
-        key = f"reg/{technique.name}" + (f"_{suffix}" if suffix else "")
-        self._logs[key].append(value.detach() if isinstance(value, Tensor) else float(value))
+        self._log.collect(technique.name, value, suffix)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizers update, in the module's order."""
@@ -324,138 +329,13 @@ class TrainingStepPipeline:
 
     def _served(self, technique: Regularizer, given: dict[str, Any]) -> bool:
         """Whether one ``self.regularize`` call hands ``technique`` what it needs."""
-        if not any(overrides(technique, phase) for phase in _LOSS_PHASES):
+        if not acts_in_loss(technique):
             return False
         batch_signals = ("inputs", "targets", "sample_index", "domain")
         needed = [signal for signal in technique.needs if signal not in batch_signals]
         return all(given.get(signal) is not None for signal in needed)
 
-    def _check_rerun(self, technique: Regularizer, step: Step, total: Tensor) -> None:
-        """On the first step: is a second pass of the user's step the same as the first?"""
-        if self._rerun_checked:
-            return
-        name = type(technique).__name__
-        try:
-            again = float(self.rerun(step).detach())
-        except RegularizationError:
-            raise
-        except Exception as error:
-            raise UnsupportedError(
-                technique,
-                f"runs training_step twice per batch, and the second run failed with {error!r}",
-                cure=f"remove {name}, or keep no graph or state between calls of training_step",
-            ) from error
-        first = float(total.detach())
-        if abs(first - again) > 1e-3 * max(1.0, abs(first)):
-            raise UnsupportedError(
-                technique,
-                "runs training_step twice per batch, but with the same weights, batch and random "
-                f"numbers the second run gave loss {again:.6f} after {first:.6f}: the step keeps "
-                "state between calls (a hidden state, a counter) or writes into its batch",
-                cure=f"make training_step repeatable, or remove {name}",
-            )
-        self._rerun_checked = True
-
-    def _check_strategy(self) -> None:
-        strategy = type(self.trainer.strategy).__name__
-        if not any(word in strategy for word in _SHARDED):
-            return
-        for technique in self.plan.techniques:
-            in_forward = overrides(technique, "forward_context") and "weights" in technique.writes
-            if in_forward or any(overrides(technique, phase) for phase in WEIGHT_PHASES):
-                raise UnsupportedError(
-                    technique,
-                    f"acts on whole weights, which {strategy} splits over ranks",
-                    cure='Trainer(strategy="ddp_reg")',
-                )
-
-    def _check_manual(self) -> None:
-        if self.module.automatic_optimization:
-            return
-        for technique in self.plan.techniques:
-            in_loss = any(overrides(technique, phase) for phase in _LOSS_PHASES)
-            if overrides(technique, "perturb"):
-                raise UnsupportedError(
-                    technique,
-                    "needs the Trainer's own backward; this module optimizes manually",
-                    cure="self.automatic_optimization = True",
-                )
-            if in_loss and not hasattr(self.module, "regularize"):
-                raise UnsupportedError(
-                    technique,
-                    "changes the loss, which only your step knows under manual optimization",
-                    cure="class Module(RegularizeMixin, LightningModule) and "
-                    "self.manual_backward(self.regularize(loss, logits=logits))",
-                )
-
-    def _check_applied(self) -> None:
-        """Under manual optimization: did each technique find its tensors in some call?"""
-        if self.module.automatic_optimization or self.step is None or self._applied_checked:
-            return
-        self._applied_checked = True
-        if self.step.mixes and self.step.target_distribution is None:
-            raise RegularizationError(
-                self.step.mixers[0],
-                "mixed the samples of the batch, and no `self.regularize` call of the first "
-                "training step mixed their labels",
-                cure="self.manual_backward(self.regularize(loss, logits=logits))",
-            )
-        for technique in self._active(self.step):
-            in_loss = any(overrides(technique, phase) for phase in _LOSS_PHASES)
-            if in_loss and technique.name not in self.applied:
-                raise RegularizationError(
-                    technique,
-                    "was not applied by any `self.regularize` call of the first training step; "
-                    f"it needs {', '.join(technique.needs) or 'one call'}",
-                    cure="self.regularize(loss, "
-                    + ", ".join(f"{need}=..." for need in technique.needs)
-                    + ")",
-                )
-
-    def _flush_logs(self) -> None:
-        """One collective for all values of a logging step."""
-        if not self._logs:
-            return
-        device = self.module.device
-        keys = sorted(self._logs)
-        rows = [
-            torch.stack([torch.as_tensor(v, device=device).float().reshape(()) for v in values])
-            for values in (self._logs[key] for key in keys)
-        ]
-        means = torch.stack([row.mean() for row in rows])
-        if self.comm.world_size > 1:
-            means = self.comm.reduce(means, "mean")
-        self._logs.clear()
-        for key, value in zip(keys, means.unbind(), strict=True):
-            self.module.log(key, value, on_step=True, on_epoch=False)
-
 
 def _unwatched(technique: Regularizer) -> AbstractContextManager[None]:
     """A strategy that keeps account of who writes weights puts its own in this place."""
     return nullcontext()
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], Any]:
-    """The batch, and the other arguments of a training step."""
-    if args:
-        return args[1:], kwargs, args[0]
-    rest = dict(kwargs)
-    return (), rest, rest.pop("batch")
-
-
-def _loss_of(outputs: Any) -> Tensor | None:
-    if isinstance(outputs, Tensor):
-        return outputs
-    if hasattr(outputs, "get") and isinstance(outputs.get("loss"), Tensor):
-        loss: Tensor = outputs["loss"]
-        return loss
-    return None
-
-
-def _with_loss(outputs: Any, loss: Tensor) -> Any:
-    """What the user's step returned, with another loss; the user's own object is not touched."""
-    if isinstance(outputs, Tensor):
-        return loss
-    replaced = outputs.copy() if hasattr(outputs, "copy") else dict(outputs)
-    replaced["loss"] = loss
-    return replaced

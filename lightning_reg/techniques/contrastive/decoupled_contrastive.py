@@ -43,7 +43,7 @@ def decoupled_contrastive(
     scores = torch.cat([z1, z2]) @ torch.cat([z1, z2]).T / temperature
     own = torch.eye(len(z1), dtype=torch.bool, device=z1.device).repeat(2, 2)
     negatives = scores.masked_fill(own, float("-inf")).logsumexp(1)
-    weight = 1.0 if sigma is None else 2 - len(z1) * (positive.detach() / sigma).softmax(0)
+    weight = 1.0 if sigma is None else 2 - len(z1) * (positive / sigma).softmax(0)
     return negatives.mean() - (weight * positive).mean() / temperature
 
 

@@ -46,7 +46,7 @@ def logit_attenuating_weight_norm(
     return projected, tangent
 
 
-class LogitAttenuatingWeightNorm(GradientTransform, Projection):
+class LogitAttenuatingWeightNorm(Projection, GradientTransform):
     """Trains freely at first, then holds the norm of every layer where it is (LAWN).
 
     Gupta, Ramanath, Shi, Ramachandran, Zhou, Zhou, Keerthi (2021), Logit Attenuating Weight

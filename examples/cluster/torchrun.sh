@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One machine:      DEVICES=8 examples/cluster/torchrun.sh --epochs 20
+# Several machines: the same line on each, with NODES=4 MASTER=<name of the first machine>
+set -euo pipefail
+
+: "${NODES:=1}" "${DEVICES:=2}" "${MASTER:=127.0.0.1}" "${PORT:=29500}" "${RESTARTS:=3}"
+
+# LOCAL_ADDR is for machines whose own name cannot be resolved by the others.
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes "$NODES" --nproc-per-node "$DEVICES" --max-restarts "$RESTARTS" \
+    --rdzv-backend c10d --rdzv-endpoint "$MASTER:$PORT" --rdzv-id "${JOB:-digits}" \
+    ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
+    "$(dirname "$0")/train.py" --devices "$DEVICES" --num_nodes "$NODES" "$@"
