@@ -63,9 +63,7 @@ class Communicator:
             dist.all_reduce(result, kind, group=self.group)
             return result
         total: Tensor = _Sum.apply(tensor, self.group)  # type: ignore[no-untyped-call]
-        if op == "mean":
-            total = total / self.world_size
-        return total
+        return torch.div(total, self.world_size) if op == "mean" else total
 
     def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean of all ranks' values, each sample counting once however they are spread.
@@ -77,8 +75,8 @@ class Communicator:
             weights: (B,) non-negative; a mask as numbers, for example.
         """
         weights = torch.ones_like(values) if weights is None else weights.to(values)
-        total, count = self.reduce(torch.stack([(values * weights).sum(), weights.sum()]))
-        return total / count.clamp_min(torch.finfo(values.dtype).tiny)
+        sums = self.reduce(torch.stack([(values * weights).sum(), weights.sum()]))
+        return sums[0] / sums[1].clamp_min(torch.finfo(values.dtype).tiny)
 
     def any(self, flag: Tensor | bool) -> bool:
         """Whether the flag is set on any rank; a host sync."""

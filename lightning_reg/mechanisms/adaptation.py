@@ -198,7 +198,7 @@ class Adaptation:
         """Undo everything; safe at any point."""
         self._patch.undo()
         if self._inference is not None:
-            self._loop.inference_mode = False  # type: ignore[union-attr]
+            self._loop.inference_mode = self._inference  # type: ignore[union-attr]
         if self._observer is not None:
             self._observer.close()
         for norm, buffers, tracked in self._norms:

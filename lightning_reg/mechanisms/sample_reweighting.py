@@ -99,7 +99,7 @@ def _means(losses: Tensor, sample: Tensor | None) -> Tensor:
 
 
 def _of_mean_one(weights: Tensor) -> Tensor:
-    weights = weights / weights.sum()
+    weights = weights / weights.mean()
     # 0 / 0, or a loss that is not finite: no sample is better than another.
     return torch.where(torch.isfinite(weights).all(), weights, torch.ones_like(weights))
 
