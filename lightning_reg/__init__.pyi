@@ -1,4 +1,5 @@
 # Written by `python -m lightning_reg._stubs`; a test keeps it current.
+from builtins import Target as Target
 from lightning_reg.engine.communicator import Communicator as Communicator
 from lightning_reg.engine.errors import ArgumentError as ArgumentError
 from lightning_reg.engine.errors import ConflictError as ConflictError
@@ -28,6 +29,7 @@ from lightning_reg.engine.signals import Signals as Signals
 from lightning_reg.engine.step import Step as Step
 from lightning_reg.engine.technique import Technique as Technique
 from lightning_reg.engine.update import ParameterUpdate as ParameterUpdate
+from lightning_reg.mechanisms.attribute_schedule import AttributeSchedule as AttributeSchedule
 from lightning_reg.metrics.calibration import CalibrationError as CalibrationError
 from lightning_reg.metrics.entropy import PredictiveEntropy as PredictiveEntropy
 from lightning_reg.metrics.likelihood import ExpectedAccuracy as ExpectedAccuracy

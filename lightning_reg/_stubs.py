@@ -13,6 +13,7 @@ _ENGINE = (
     "lightning_reg.engine",
     "lightning_reg.engine.exact_resume",
     "lightning_reg.engine.schedule",
+    "lightning_reg.mechanisms.attribute_schedule",
     "lightning_reg.strategies",
 )
 

@@ -134,6 +134,8 @@ def main(
     L.seed_everything(0)
     path = Path(folder).resolve()
     preemption = Preemption(path, save_every)
+    # The two latest: should one be lost, there is another.
+    kept = dict(dirpath=path, filename="{step}", monitor="step", mode="max", save_top_k=2)
     trainer = L.Trainer(
         strategy="ddp_reg",
         accelerator=accelerator,
@@ -154,8 +156,8 @@ def main(
             reg.CalibrationMonitor(figures=False),
             reg.ExactResume(),
             preemption,
-            InsideEpochs(path, "{step}", every_n_train_steps=save_every, save_top_k=-1),
-            ModelCheckpoint(path, "{step}", save_top_k=-1, save_on_train_epoch_end=True),
+            InsideEpochs(every_n_train_steps=save_every, **kept),
+            ModelCheckpoint(save_on_train_epoch_end=True, **kept),
             *(callbacks or []),
         ],
     )

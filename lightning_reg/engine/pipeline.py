@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,6 +32,7 @@ from lightning_reg.engine.regularizer import (
     Regularizer,
 )
 from lightning_reg.engine.rerun import replayed_rng, without_trace
+from lightning_reg.engine.resume import checked_load
 from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.signals import SignalReader
@@ -43,8 +45,9 @@ class TrainingStepPipeline:
     """The techniques of one Trainer at work on one LightningModule.
 
     The only place that patches anything: ``training_step`` on the instance, since no Lightning
-    hook lets a callback change the loss, and ``configure_model``, the last moment at which a
-    parameter may be replaced. Everything is undone by :meth:`close`.
+    hook lets a callback change the loss; ``configure_model``, the last moment at which a
+    parameter may be replaced; and the strategy's ``load_checkpoint``, the last at which nothing
+    is loaded yet. Everything is undone by :meth:`close`.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -82,7 +85,12 @@ class TrainingStepPipeline:
             technique._pipeline = pipeline
         step = MethodPatch(module, "training_step", pipeline.training_step)
         ready = MethodPatch(module, "configure_model", pipeline.configure_model, transparent=False)
-        pipeline._patches += [step, ready]
+        load = MethodPatch(
+            trainer.strategy,
+            "load_checkpoint",
+            partial(checked_load, trainer, pipeline.plan.techniques),
+        )
+        pipeline._patches += [step, ready, load]
         return pipeline
 
     def configure_model(self, original: Any) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
@@ -220,15 +219,10 @@ class Regularizer(Technique, Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with a closed-loop strength; name a technique that the checkpoint lacks."""
+        """Go on with a closed-loop strength."""
         saved = checkpoint.get(_SCHEDULES, {}).get(self.state_key)
         if isinstance(self.strength, ClosedLoop) and saved is not None:
             self.strength.load_state_dict(saved)
-        if self.state_dict() and self.state_key not in checkpoint.get("callbacks", {}):
-            rank_zero_warn(
-                f"{self.state_key}: the checkpoint holds no state of this technique, so it starts "
-                "afresh. If the checkpoint was written with it, give it the same `name`."
-            )
 
     def _led(self) -> TrainingStepPipeline | None:
         # One technique drives the pipeline, so that phases run in the planned order and not in

@@ -127,7 +127,9 @@ class TestTimeAdaptation(Regularizer):
         super().setup(trainer, pl_module, stage)
         if stage in self.stages and self.strength != 0:
             Plan.of(trainer.callbacks)  # type: ignore[attr-defined]
-            self._run = Adaptation(self, trainer, pl_module, stage)
+            # Lightning hands over an enum, whose text is another than its value.
+            name = next(known for known in STEPS if known == stage)
+            self._run = Adaptation(self, trainer, pl_module, name)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Get ready."""
@@ -171,7 +173,7 @@ class Adaptation:
         self._stage = stage
         self._frozen = [w for w in self.weights if not w.requires_grad]
         self._saved: list[Tensor] = []
-        self._norms: list[tuple[nn.Module, dict[str, Any], bool]] = []
+        self._norms: list[tuple[nn.Module, dict[str, Any]]] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._observer: Observer | None = None
         self._patch = MethodPatch(module, STEPS[stage], self._step)
@@ -201,9 +203,8 @@ class Adaptation:
             self._loop.inference_mode = self._inference  # type: ignore[union-attr]
         if self._observer is not None:
             self._observer.close()
-        for norm, buffers, tracked in self._norms:
+        for norm, buffers in self._norms:
             norm._buffers.update(buffers)
-            norm.track_running_stats = tracked  # type: ignore[assignment]
         for weight in self._frozen:
             weight.requires_grad_(False)
         if self._saved and not self.technique.keep:
@@ -234,8 +235,7 @@ class Adaptation:
         for part in self.module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 buffers = {name: part._buffers[name] for name in names}
-                self._norms.append((part, buffers, part.track_running_stats))
-                part.track_running_stats = False
+                self._norms.append((part, buffers))
                 part._buffers.update(dict.fromkeys(names))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

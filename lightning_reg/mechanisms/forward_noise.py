@@ -243,12 +243,9 @@ def _get(holder: nn.Module, attribute: str) -> Tensor:
 
 
 def _put(holder: nn.Module, attribute: str, weight: Tensor) -> None:
-    # Past `__setattr__`, which takes parameters only; the order of the dict stays.
+    # Past `__setattr__`, which takes parameters only; the order of the dict stays. Recurrent layers
+    # notice by themselves, in their next forward.
     holder._parameters[attribute] = weight  # type: ignore[assignment]
-    if isinstance(holder, nn.RNNBase):
-        # Recurrent layers compute with a list that they made of their parameters.
-        position = holder._flat_weights_names.index(attribute)
-        holder._flat_weights[position] = weight  # type: ignore[call-overload]
 
 
 __all__ = ["ActivationNoise", "ForwardNoise", "exchanged"]

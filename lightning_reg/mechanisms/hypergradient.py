@@ -81,7 +81,7 @@ class HypergradientTuner(Regularizer):
             rates: the learning rate of each weight.
         """
         products = torch._foreach_mul(list(validation), list(direction))
-        sums = [p.sum() * rate for p, rate in zip(products, rates, strict=True)]
+        sums = [p.sum() * -rate for p, rate in zip(products, rates, strict=True)]
         return torch.stack(sums).sum()
 
     # ------------------------------------------------------------------ phases

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_reg.engine import ArgumentError, RegularizationError
+from lightning_reg.engine import ArgumentError, RegularizationError, UnsupportedError
 from lightning_reg.mechanisms.forward_noise import ActivationNoise, ForwardNoise
 from lightning_reg.mechanisms.selected_weights import EVERYTHING
 from lightning_reg.testing.ranks import rank_trainer
@@ -132,8 +133,6 @@ def test_recurrent_layers_compute_with_the_noisy_weights():
 
     module = Recurrent()
     fit([Double(1.0, parameters=EVERYTHING)], module=module, max_epochs=1, batch_size=64)
-    # Noisy tensors hold a graph, which neither deepcopy nor memory should meet later.
-    assert all(isinstance(w, nn.Parameter) for w in module.net._flat_weights)
     twin = Recurrent()
     with torch.no_grad():
         for parameter, own in zip(twin.parameters(), module.parameters(), strict=True):
@@ -214,6 +213,16 @@ def test_layers_that_are_not_there_or_return_no_tensor_are_refused():
 
     with pytest.raises(RegularizationError, match="must be a tensor"):
         fit([Gauss(1.0, layers="net")], module=Recurrent())
+
+
+class FSDPInName(SingleDeviceStrategy):
+    """Stands for a strategy that splits weights over ranks."""
+
+
+def test_noise_on_weights_that_are_split_over_ranks_is_refused():
+    with pytest.raises(UnsupportedError, match="Double: acts on whole weights"):
+        fit([Double(1.0)], strategy=FSDPInName("cpu"))
+    fit([Gauss(0.1, layers="net.0")], strategy=FSDPInName("cpu"))
 
 
 def weights_of_this_rank(find_unused: bool) -> tuple[list[float], list[float]]:

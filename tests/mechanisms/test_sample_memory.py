@@ -121,9 +121,12 @@ def test_bad_sizes_are_refused(arguments):
 
 
 def test_a_second_pass_recalls_the_first_and_does_not_write():
-    technique = Visits()
-    train(technique, others=[Ascent(0.05)], epochs=2)
-    assert technique.counts.tolist() == [2.0] * SAMPLES
+    alone, beside = Visits(), Visits()
+    train(alone, epochs=2, module=Host(lr=0.0))
+    train(beside, others=[Ascent(0.5)], epochs=2, module=Host(lr=0.0))
+    assert beside.counts.tolist() == [2.0] * SAMPLES
+    # The second pass has other logits, at perturbed weights.
+    torch.testing.assert_close(beside.memory.memory.table, alone.memory.memory.table)
 
 
 def test_accumulation_counts_each_sample_once():

@@ -68,6 +68,24 @@ def test_past_is_the_module_at_the_start_of_the_epoch():
     assert not torch.equal(weights(module), trace.starts[2])
 
 
+def test_past_is_taken_once_an_epoch():
+    # As after a resume inside an epoch, whose start has been saved.
+    technique = Follow(source="past")
+    _, run = fit([technique], max_epochs=3)
+    before = weights(technique.teacher.network).clone()
+    run.fit_loop.epoch_progress.current.completed = technique._taken_at
+    run.fit_loop.epoch_progress.current.processed = technique._taken_at
+    assert run.current_epoch == 2
+    technique.on_train_epoch_start(run, Host())
+    assert torch.equal(weights(technique.teacher.network), before)
+
+
+def test_a_network_is_frozen_before_its_first_answer():
+    network = FrozenNetwork(nn.Sequential(nn.Linear(2, 2), nn.Dropout())).network
+    assert not network[1].training
+    assert not network[0].weight.requires_grad
+
+
 def test_reference_stays():
     technique = Follow(source="reference")
     fit([technique], max_epochs=2)

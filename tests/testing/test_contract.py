@@ -27,7 +27,7 @@ BROKEN = [
     ("resume", b.LosesItsStateOnResume, {}, "other weights"),
     ("resume", b.TakesItsReferenceAgain, {}, "references are not taken again"),
     ("resume", b.SavesTheStateOfOneRank, {}, "of two and resumed"),
-    ("resume", b.HidesThatItHasAState, {}, "was not warned about"),
+    ("resume", b.HidesThatItHasAState, {}, "was not refused"),
     ("precision", b.AddsToScaledGradients, {}, "under 16-mixed"),
     ("precision", b.ForgetsThatFusedOptimizersUnscaleLater, {}, "with a fused optimizer"),
     ("precision", b.Good, {"args": {"strength": 1e-4}}, "rounding alone can do"),

@@ -210,7 +210,7 @@ class EATA(TestTimeAdaptation):
         total = step.comm.reduce(rows)
         mean = total[:-1] / total[-1].clamp_min(1)
         if self._mean is not None:
-            share = torch.where(total[-1] > 0, 0.1, 0.0)
+            share = 0.1 * (total[-1] > 0).to(total)
             self._mean = (1 - share) * self._mean + share * mean
         elif bool(total[-1] > 0):
             self._mean = mean

@@ -61,7 +61,9 @@ def alignment_factor(task: Tensor, distillation: Tensor) -> Tensor:
     Returns:
         A scalar, at least 1; 1 if a gradient is not finite, or ``g_t`` is 0.
     """
-    factor = 1 + (-(distillation @ task) / (task @ task)).clamp_min(0)
+    # No matrix products, which autocast would round to half precision.
+    overlap, size = (distillation * task).sum(), task.square().sum()
+    factor = 1 + (-overlap / size).clamp_min(0)
     return torch.where(torch.isfinite(factor), factor, torch.ones_like(factor))
 
 

@@ -168,7 +168,7 @@ class ProgressiveSelfDistillation(Teacher, SampleMemoryRegularizer):
         """``alpha_t`` of this epoch."""
         epochs = self.epochs or step.trainer.max_epochs
         assert epochs is not None
-        return step.strength(self) * min(1.0, step.epoch / epochs)
+        return step.strength(self) * min(1.0, (step.epoch + 1) / epochs)
 
     def _past(self, step: Step, distribution: Tensor) -> Tensor:
         """Past predictions; the labels themselves where there is no past."""

@@ -78,7 +78,7 @@ class Table(L.LightningModule):
 SCORES = 2 * torch.randn(24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
 
-def by_hand(batches, lr, e0, d, beta=0.0, fisher=None):
+def by_hand(batches, lr, e0, d, beta=0.0, fisher=None, with_mean=False):
     """The official loop in NumPy: entropies, both filters, the average, SGD with momentum."""
     w, momentum, mean = np.ones(3), np.zeros(3), None
     for x in batches:
@@ -101,7 +101,7 @@ def by_hand(batches, lr, e0, d, beta=0.0, fisher=None):
             gradient = gradient + 2 * beta * fisher * (w - 1)
         momentum = 0.9 * momentum + gradient
         w = w - lr * momentum
-    return w
+    return (w, mean) if with_mean else w
 
 
 def adapt(technique, x=SCORES, run=trainer, size=6, **settings):
@@ -115,9 +115,11 @@ SETTINGS = {"entropy_threshold": 0.8, "cosine_threshold": 0.8, "lr": 0.3, "keep"
 
 
 def test_weights_are_those_of_the_official_loop():
-    got, run = adapt(EATA(fisher_strength=0, **SETTINGS))
-    expected = by_hand(SCORES.split(6), 0.3, 0.8, 0.8)
+    technique = EATA(fisher_strength=0, **SETTINGS)
+    got, run = adapt(technique)
+    expected, mean = by_hand(SCORES.split(6), 0.3, 0.8, 0.8, with_mean=True)
     np.testing.assert_allclose(got, expected, rtol=1e-10)
+    np.testing.assert_allclose(technique._mean.numpy(), mean, rtol=1e-10)
     assert 0.1 < run.callback_metrics["reg/eata_kept"].item() < 0.9
     # Each filter matters in this case.
     assert np.abs(expected - by_hand(SCORES.split(6), 0.3, 0.8, 2.0)).max() > 1e-3
@@ -158,14 +160,18 @@ def adapt_on_rank():
     technique = EATA(fisher_strength=5.0, fisher_loader=loader, **SETTINGS)
     size = len(parts[0])
     settings = {"use_distributed_sampler": False}
-    return adapt(technique, torch.cat(parts), rank_trainer, size, **settings)[0]
+    weights, _ = adapt(technique, torch.cat(parts), rank_trainer, size, **settings)
+    return weights, technique._mean.numpy()
 
 
 def test_two_unequal_ranks_equal_the_joint_batch(ranks):
-    first, second = ranks.run(adapt_on_rank)
-    expected = by_hand(SCORES.split(6), 0.3, 0.8, 0.8, 5.0, pseudo_fisher(SCORES[:10]))
+    (first, first_mean), (second, second_mean) = ranks.run(adapt_on_rank)
+    fisher = pseudo_fisher(SCORES[:10])
+    expected, mean = by_hand(SCORES.split(6), 0.3, 0.8, 0.8, 5.0, fisher, with_mean=True)
     np.testing.assert_allclose(first, expected, rtol=1e-10)
+    np.testing.assert_allclose(first_mean, mean, rtol=1e-10)
     assert (first == second).all()
+    assert (first_mean == second_mean).all()
 
 
 def test_nothing_reliable_changes_nothing():
