@@ -1,5 +1,4 @@
 # Written by `python -m lightning_reg._stubs`; a test keeps it current.
-from builtins import Target as Target
 from lightning_reg.engine.communicator import Communicator as Communicator
 from lightning_reg.engine.errors import ArgumentError as ArgumentError
 from lightning_reg.engine.errors import ConflictError as ConflictError

@@ -40,13 +40,15 @@ def _engine_names() -> dict[str, Any]:
     names: dict[str, Any] = {}
     for path in _ENGINE:
         module = importlib.import_module(path)
-        public = getattr(module, "__all__", None) or [
-            name
-            for name, value in vars(module).items()
-            if isinstance(value, type) and value.__module__ == path and not name.startswith("_")
-        ]
-        names |= {name: getattr(module, name) for name in public}
+        public = getattr(module, "__all__", None) or list(vars(module))
+        found = {name: getattr(module, name) for name in public if not name.startswith("_")}
+        names |= {name: value for name, value in found.items() if _is_own(value, path)}
     return names
+
+
+def _is_own(value: Any, path: str) -> bool:
+    """Whether a class or function lives in ``path``, so that type aliases are left out."""
+    return callable(value) and getattr(value, "__module__", "").startswith(path)
 
 
 def _stub(values: dict[str, Any]) -> str:

@@ -51,8 +51,9 @@ class Entry:
     summary: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; the name is under ``"class"``."""
+        values = asdict(self)
+        return {"class": values.pop("name"), **values}
 
 
 def techniques() -> list[type[Technique]]:

@@ -68,7 +68,8 @@ def test_every_technique_is_public_under_its_own_name_and_has_a_card():
         assert getattr(lightning_reg, cls.__name__) is cls
         assert cls.papers, f"{cls.__name__} names no paper"
         card = cls.__doc__ or ""
-        for part in ("Args:", "Note:", "Example:"):
+        takes_arguments = issubclass(cls, Regularizer)
+        for part in ("Args:", "Note:", "Example:") if takes_arguments else ("Note:", "Example:"):
             assert part in card, f"the card of {cls.__name__} has no {part}"
         if cls.function is not None:
             assert getattr(functional, cls.function.__name__) is cls.function
