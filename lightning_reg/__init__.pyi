@@ -1,5 +1,6 @@
 # Written by `python -m lightning_reg._stubs`; a test keeps it current.
 from lightning_reg.engine.communicator import Communicator as Communicator
+from lightning_reg.engine.communicator import JointMean as JointMean
 from lightning_reg.engine.errors import ArgumentError as ArgumentError
 from lightning_reg.engine.errors import ConflictError as ConflictError
 from lightning_reg.engine.errors import MissingSignalError as MissingSignalError
@@ -39,6 +40,7 @@ from lightning_reg.strategies.guard import ReplicaError as ReplicaError
 from lightning_reg.techniques.adaptation.eata import EATA as EATA
 from lightning_reg.techniques.adaptation.tent import Tent as Tent
 from lightning_reg.techniques.continual.previous_task_anchor import PreviousTaskAnchor as PreviousTaskAnchor
+from lightning_reg.techniques.continual.previous_task_distillation import PreviousTaskDistillation as PreviousTaskDistillation
 from lightning_reg.techniques.contrastive.decoupled_contrastive import DecoupledContrastive as DecoupledContrastive
 from lightning_reg.techniques.contrastive.vicreg import VICReg as VICReg
 from lightning_reg.techniques.distillation.dual_head_distillation import DualHeadDistillationMixin as DualHeadDistillationMixin

@@ -14,6 +14,7 @@ from typing import Any
 from lightning_reg import metrics as _metrics
 from lightning_reg import monitors as _monitors
 from lightning_reg import techniques as _techniques
+from lightning_reg.engine.checks import right_when_sharded
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.paper import Paper
 from lightning_reg.engine.regularizer import Regularizer
@@ -35,6 +36,7 @@ class Entry:
         function: the name of its function in ``lightning_reg.functional``.
         signals: what it needs from the training step.
         semantics: over ranks; ``None`` for metrics, which are exact over ranks.
+        sharded: whether it works where FSDP2 shards weights over ranks.
         exemptions: checks of the contract that it is exempt from, with the reasons.
         summary: the first line of its card.
     """
@@ -47,6 +49,7 @@ class Entry:
     function: str | None
     signals: tuple[str, ...]
     semantics: str | None
+    sharded: bool
     exemptions: dict[str, str]
     summary: str
 
@@ -132,6 +135,7 @@ def _entry(cls: type[Technique]) -> Entry:
         function=getattr(cls.function, "__name__", None),
         signals=cls.needs,
         semantics=cls.semantics,
+        sharded=right_when_sharded(cls),
         exemptions=dict(cls.exemptions),
         summary=_summary(cls),
     )
@@ -148,6 +152,7 @@ def _metric_entry(cls: type[Any]) -> Entry:
         function=getattr(function, "__name__", None),
         signals=(),
         semantics=None,
+        sharded=True,
         exemptions={},
         summary=_summary(cls),
     )

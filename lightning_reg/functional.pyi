@@ -4,6 +4,8 @@ from lightning_reg.metrics.entropy import predictive_entropy as predictive_entro
 from lightning_reg.techniques.adaptation.eata import eata as eata
 from lightning_reg.techniques.adaptation.tent import tent as tent
 from lightning_reg.techniques.continual.previous_task_anchor import previous_task_anchor as previous_task_anchor
+from lightning_reg.techniques.continual.previous_task_distillation import feature_distillation as feature_distillation
+from lightning_reg.techniques.continual.previous_task_distillation import prediction_distillation as prediction_distillation
 from lightning_reg.techniques.contrastive.decoupled_contrastive import decoupled_contrastive as decoupled_contrastive
 from lightning_reg.techniques.contrastive.vicreg import vicreg as vicreg
 from lightning_reg.techniques.distillation.dual_head_distillation import alignment_factor as alignment_factor

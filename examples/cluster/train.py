@@ -7,6 +7,7 @@ Started again, it goes on from the newest checkpoint in ``--folder``, bit for bi
 import os
 import signal
 import subprocess
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import lightning_reg as reg
@@ -59,8 +60,11 @@ class Digits(L.LightningDataModule):
         self.held_out = TensorDataset(x[1200:], y[1200:])
 
     def train_dataloader(self):
-        # Lightning adds the DistributedSampler; this loader knows its position in an epoch.
-        return StatefulDataLoader(self.training, batch_size=self.batch_size, shuffle=True)
+        # The order of an epoch follows from its number, and the loader knows its position: both
+        # are needed to go on in the middle. `shuffle=True` would draw the order at random.
+        ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        sampler = DistributedSampler(self.training, **ranks)
+        return StatefulDataLoader(self.training, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self):
         return DataLoader(self.held_out, batch_size=self.batch_size)
@@ -75,15 +79,14 @@ class InsideEpochs(ModelCheckpoint):
 
 
 class Preemption(Callback):
-    """Saves and stops when SIGTERM or SIGUSR1 comes, at the end of a step, on all ranks alike.
+    """Saves and leaves when SIGTERM or SIGUSR1 comes, at the end of a step, on all ranks alike.
 
     A signal finds each rank at another place of a step. A checkpoint that is written in the
     handler is of no step, and its collectives meet those of the ranks that train on.
     """
 
-    def __init__(self, folder, every_n_steps=10):
-        self.folder, self.every_n_steps = folder, every_n_steps
-        self.told = self.stopped = False
+    def __init__(self, folder, every_n_steps):
+        self.folder, self.every_n_steps, self.told = folder, every_n_steps, False
 
     def on_train_start(self, trainer, module):
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -95,10 +98,19 @@ class Preemption(Callback):
             return
         if trainer.strategy.reduce_boolean_decision(self.told, all=False):
             trainer.save_checkpoint(self.folder / "preempted.ckpt")
-            self.stopped = trainer.should_stop = True
+            ask_for_another_turn(trainer)
 
     def _take(self, number, frame):
         self.told = True
+
+
+def ask_for_another_turn(trainer):
+    """Of SLURM by its command; of torchrun and Kubernetes, which start anew what fails."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None and trainer.is_global_zero:
+        subprocess.run(["scontrol", "requeue", job], check=False)
+    torch.distributed.destroy_process_group()
+    raise SystemExit(75 if job is None else 0)
 
 
 def newest(folder):
@@ -116,6 +128,7 @@ def main(
     save_every: int = 10,
     folder: str = "runs/digits",
     resume: str | None = "newest",
+    timeout: int = 1800,
     callbacks: list[Callback] | None = None,
 ) -> L.Trainer:
     """Train.
@@ -129,15 +142,22 @@ def main(
         save_every: optimizer steps between two checkpoints inside an epoch.
         folder: of the checkpoints; all machines have to see it.
         resume: "newest" in the folder if there is one, a path, or null for a new run.
+        timeout: seconds after which a rank gives up to wait for the others.
         callbacks: further ones.
     """
     L.seed_everything(0)
     path = Path(folder).resolve()
-    preemption = Preemption(path, save_every)
     # The two latest: should one be lost, there is another.
-    kept = dict(dirpath=path, filename="{step}", monitor="step", mode="max", save_top_k=2)
+    kept = {
+        "dirpath": path,
+        "filename": "{step}",
+        "save_top_k": 2,
+        "monitor": "step",
+        "mode": "max",
+    }
     trainer = L.Trainer(
-        strategy="ddp_reg",
+        # As strategy="ddp_reg", with an argument.
+        strategy=reg.RegularizedDDPStrategy(timeout=timedelta(seconds=timeout)),
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
@@ -146,7 +166,7 @@ def main(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        # SLURM gives ranks and addresses; `Preemption` saves, and `requeue` puts back.
+        # SLURM gives ranks and addresses; `Preemption` saves and asks for a requeue.
         plugins=[SLURMEnvironment(auto_requeue=False)] if under_srun() else [],
         callbacks=[
             reg.SAM(rho=0.05),
@@ -155,7 +175,7 @@ def main(
             reg.LabelSmoothing(0.05),
             reg.CalibrationMonitor(figures=False),
             reg.ExactResume(),
-            preemption,
+            Preemption(path, save_every),
             InsideEpochs(every_n_train_steps=save_every, **kept),
             ModelCheckpoint(save_on_train_epoch_end=True, **kept),
             *(callbacks or []),
@@ -163,23 +183,14 @@ def main(
     )
     start = newest(path) if resume == "newest" else resume
     trainer.fit(Net(), Digits(batch_size), ckpt_path=start)
-    if preemption.stopped:
-        requeue(trainer)
-    elif trainer.is_global_zero:
+    if trainer.is_global_zero:
         print({name: round(float(v), 4) for name, v in trainer.callback_metrics.items()})
+    torch.distributed.destroy_process_group()  # or its threads may abort the exit
     return trainer
 
 
 def under_srun():
     return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-
-
-def requeue(trainer):
-    """Ask for another turn: of SLURM by its command, of torchrun and Kubernetes by failing."""
-    if "SLURM_JOB_ID" not in os.environ:
-        raise SystemExit(75)
-    if trainer.is_global_zero:
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
 
 
 if __name__ == "__main__":

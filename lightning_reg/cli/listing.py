@@ -56,6 +56,7 @@ def _print_facts(console: Any, entry: catalogue.Entry) -> None:
         "function": entry.function and f"lightning_reg.functional.{entry.function}",
         "needs": ", ".join(entry.signals),
         "over ranks": entry.semantics,
+        "FSDP2": "works" if entry.sharded else "refused",
     }
     for label, value in facts.items():
         if value:

@@ -1,6 +1,6 @@
 """How a technique gets into a training step."""
 
-from lightning_reg.engine.communicator import Communicator
+from lightning_reg.engine.communicator import Communicator, JointMean
 from lightning_reg.engine.errors import (
     ArgumentError,
     ConflictError,
@@ -27,6 +27,7 @@ __all__ = [
     "Communicator",
     "ConflictError",
     "IndexedDataset",
+    "JointMean",
     "MissingSignalError",
     "Paper",
     "ParameterSelection",

@@ -14,9 +14,12 @@ from lightning_reg.engine.regularizer import (
     Regularizer,
     overrides,
 )
+from lightning_reg.engine.sharding import is_sharded, shards_weights
 from lightning_reg.engine.step import Step
+from lightning_reg.engine.technique import Technique
 
-_SHARDED = ("FSDP", "ModelParallel", "DeepSpeed", "XLA")
+_SHARDED = ("FSDP", "DeepSpeed", "XLA")
+_REPLICAS = 'Trainer(strategy="ddp_reg")'
 _LOSS_PHASES = (*CRITERION_PHASES, "penalty")
 
 
@@ -26,18 +29,80 @@ def acts_in_loss(technique: Regularizer) -> bool:
 
 
 def check_strategy(trainer: pl.Trainer, techniques: Sequence[Regularizer]) -> None:
-    """Refuse whole-weight techniques where weights are split over ranks."""
+    """Refuse what cannot be right where weights are sharded over ranks."""
     strategy = type(trainer.strategy).__name__
-    if not any(word in strategy for word in _SHARDED):
+    if shards_weights(trainer):
+        _check_pure_data_parallel(trainer, techniques)
+        refused = [t for t in techniques if not right_when_sharded(type(t))]
+    elif any(word in strategy for word in _SHARDED):
+        refused = [t for t in techniques if acts_on_weights(type(t))]
+    else:
         return
-    for technique in techniques:
-        in_forward = overrides(technique, "forward_context") and "weights" in technique.writes
-        if in_forward or any(overrides(technique, phase) for phase in WEIGHT_PHASES):
-            raise UnsupportedError(
-                technique,
-                f"acts on whole weights, which {strategy} splits over ranks",
-                cure='Trainer(strategy="ddp_reg")',
-            )
+    if refused:
+        raise UnsupportedError(
+            refused[0],
+            f"needs whole weights, which {strategy} shards over ranks",
+            cure=_REPLICAS,
+        )
+
+
+def acts_on_weights(cls: type[Technique]) -> bool:
+    """Whether a class acts on weights or their gradients."""
+    if not issubclass(cls, Regularizer):
+        return False
+    phases = WEIGHT_PHASES if "weights" not in cls.writes else (*WEIGHT_PHASES, "forward_context")
+    return any(getattr(cls, phase) is not getattr(Regularizer, phase) for phase in phases)
+
+
+def right_when_sharded(cls: type[Technique]) -> bool:
+    """Whether a class is right where FSDP2 shards weights; see :class:`Technique`."""
+    return cls.sharded if cls.sharded is not None else not acts_on_weights(cls)
+
+
+def check_sharded(
+    trainer: pl.Trainer, technique: Regularizer, refused: bool, problem: str, cure: str = _REPLICAS
+) -> None:
+    """Refuse an argument of a technique where weights are sharded over ranks.
+
+    Args:
+        trainer: the Trainer.
+        technique: whose argument.
+        refused: whether it has the value that cannot be right there.
+        problem: why.
+        cure: what to use in its place.
+    """
+    if refused and shards_weights(trainer):
+        strategy = type(trainer.strategy).__name__
+        raise UnsupportedError(
+            technique, f"{problem}, and {strategy} shards the weights over ranks", cure=cure
+        )
+
+
+def _check_pure_data_parallel(trainer: pl.Trainer, techniques: Sequence[Regularizer]) -> None:
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    size = mesh["tensor_parallel"].size() if "tensor_parallel" in names else 1  # type: ignore[index]
+    if size > 1 and techniques:
+        raise UnsupportedError(
+            techniques[0],
+            f"takes every rank for one with samples of its own, and here {size} ranks share theirs "
+            "(tensor parallelism)",
+            cure="ModelParallelStrategy(data_parallel_size=<all ranks>, tensor_parallel_size=1)",
+        )
+
+
+def check_sharded_alike(module: pl.LightningModule, techniques: Sequence[Regularizer]) -> None:
+    """Refuse a module of which FSDP2 shards a part only: nobody averages the rest over ranks."""
+    learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    plain = [name for name, parameter in learned.items() if not is_sharded(parameter)]
+    if techniques and 0 < len(plain) < len(learned):
+        raise UnsupportedError(
+            techniques[0],
+            f"needs all weights that learn to be sharded, or none, and {plain[0]} is not: its "
+            "gradient is not averaged over ranks",
+            cure='fully_shard(self, mesh=self.device_mesh["data_parallel"])  '
+            "# last in configure_model",
+        )
 
 
 def check_manual(module: pl.LightningModule, techniques: Sequence[Regularizer]) -> None:

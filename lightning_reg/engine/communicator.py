@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_reg.engine.carry import carry
+
 Reduction = Literal["sum", "mean", "min", "max"]
+
+
+@dataclass(frozen=True)
+class JointMean:
+    """A rank's part of a mean over the samples of all ranks, each counting once.
+
+    A penalty that returns one waits for those of all other techniques: one collective brings all
+    of them together (:meth:`Communicator.means`).
+
+    Attributes:
+        total: the sum over this rank's samples, with gradients.
+        count: the number of them, or the sum of their weights.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, weights: Tensor | None = None) -> JointMean:
+        """The part of values (B,) with weights (B,) from 0, a mask for example; B may be 0."""
+        weights = torch.ones_like(values) if weights is None else weights.to(values)
+        return cls((values * weights).sum(), weights.detach().sum())
 
 
 class Communicator:
@@ -41,6 +67,9 @@ class Communicator:
     def gather(self, tensor: Tensor) -> Tensor:
         """The rows of all ranks, by rank (rank 0's first); ranks may have different numbers.
 
+        Two collectives (numbers and rows), and one in backward: the price of whatever is not a
+        mean or a sum over samples.
+
         Args:
             tensor: (B, ...); gradients flow back to it from every rank's loss.
         """
@@ -53,7 +82,7 @@ class Communicator:
     def reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
         """The sum, mean, minimum or maximum over ranks, of a tensor of one shape on all ranks.
 
-        Gradients flow through ``"sum"`` and ``"mean"``.
+        Gradients flow through ``"sum"`` and ``"mean"``, by one more collective in backward.
         """
         if self.world_size == 1:
             return tensor
@@ -68,15 +97,33 @@ class Communicator:
     def mean(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean of all ranks' values, each sample counting once however they are spread.
 
-        A rank without samples takes part with nothing; without any sample the mean is 0.
+        A rank without samples takes part with nothing; without any sample the mean is 0. What
+        becomes of the mean has to be the same on all ranks.
 
         Args:
             values: (B,).
             weights: (B,) non-negative; a mask as numbers, for example.
         """
-        weights = torch.ones_like(values) if weights is None else weights.to(values)
-        sums = self.reduce(torch.stack([(values * weights).sum(), weights.sum()]))
-        return sums[0] / sums[1].clamp_min(torch.finfo(values.dtype).tiny)
+        return self.means([JointMean.of(values, weights)])[0]
+
+    def means(self, parts: Sequence[JointMean]) -> list[Tensor]:
+        """Several means by one collective in forward and none in backward.
+
+        A rank's sum over the joint number of samples, times the number of ranks, has the gradient
+        that DDP's mean makes the joint one; only the value has to come from all ranks.
+        """
+        if self.world_size == 1 or not parts:
+            return [part.total / _positive(part.count) for part in parts]
+        numbers = [number.detach() for part in parts for number in (part.total, part.count)]
+        dtype = max((n.dtype for n in numbers), key=lambda kind: torch.finfo(kind).bits)
+        joint = self.reduce(torch.stack([number.to(dtype) for number in numbers]))
+        totals, counts = joint.view(-1, 2).unbind(1)
+        values = totals / _positive(counts)
+        scales = self.world_size / _positive(counts)
+        return [
+            carry(value.to(part.total.dtype), part.total * scale.to(part.total.dtype))
+            for part, value, scale in zip(parts, values, scales, strict=True)
+        ]
 
     def any(self, flag: Tensor | bool) -> bool:
         """Whether the flag is set on any rank; a host sync."""
@@ -116,6 +163,26 @@ class Communicator:
         if isinstance(flag, Tensor):
             return flag.device
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+
+
+def gather_together(gather: Callable[[Tensor], Tensor], *tensors: Tensor) -> list[Tensor]:
+    """The rows of several tensors for the price of one gather, without gradients.
+
+    Args:
+        gather: brings the rows of all ranks together.
+        tensors: as many rows (B, ...) each, of any types.
+    """
+    rows = [t.detach().reshape(len(t), math.prod(t.shape[1:])) for t in tensors]
+    parts = [row.contiguous().view(torch.uint8) for row in rows]
+    joint = gather(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
+    return [
+        part.contiguous().view(t.dtype).reshape(-1, *t.shape[1:])
+        for part, t in zip(joint, tensors, strict=True)
+    ]
+
+
+def _positive(count: Tensor) -> Tensor:
+    return count.clamp_min(torch.finfo(count.dtype).tiny)
 
 
 class _Gather(torch.autograd.Function):

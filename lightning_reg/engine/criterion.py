@@ -12,8 +12,6 @@ from lightning_reg.engine.errors import ConflictError, RegularizationError
 from lightning_reg.engine.regularizer import CRITERION_PHASES, Regularizer, overrides
 from lightning_reg.engine.step import Step
 
-IGNORE_INDEX = -100
-
 
 def soft_cross_entropy(logits: Tensor, distribution: Tensor) -> Tensor:
     """Cross-entropy (N,) of logits (N, C) against target distributions (N, C), in nats."""
@@ -82,12 +80,13 @@ class Criterion:
         step.asked_by(asking)
         logits, targets = self._signals(step, asking)
         mode = self._mode(members)
-        plain = soft_cross_entropy(logits, as_distribution(targets, logits)).mean()
-        if mode == "cross_entropy" and not self._checked:
+        plain = _mean(soft_cross_entropy(logits, as_distribution(targets, logits)))
+        # Without any label there is nothing to compare yet.
+        if mode == "cross_entropy" and not self._checked and len(logits):
             self._check(asking, step.loss, plain)
             self._check_gradient(step, asking, plain)
         new = self._loss(step, active, logits, targets)
-        self._checked = True
+        self._checked = self._checked or len(logits) > 0
         return step.loss + (new - plain) if mode == "term" else new
 
     def _signals(self, step: Step, asking: Regularizer) -> tuple[Tensor, Tensor]:
@@ -136,7 +135,7 @@ class Criterion:
         for technique in _members(active, "sample_weights"):
             weights = technique.sample_weights(step.asked_by(technique), losses.detach())
             losses = weights.detach() * losses
-        return losses.mean()
+        return _mean(losses)
 
     def _per_sample(
         self, step: Step, active: Sequence[Regularizer], logits: Tensor, distribution: Tensor
@@ -202,6 +201,11 @@ class Criterion:
                 '`replaces="term"` keeps the other terms',
                 cure=f'{type(asking).__name__}(..., replaces="term")',
             )
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """The mean over a rank's samples, as in the user's own loss; 0 where no label counts."""
+    return losses.mean() if len(losses) else losses.sum()
 
 
 def _gradient(loss: Tensor | None, logits: Tensor) -> Tensor | None:

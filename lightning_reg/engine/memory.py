@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from lightning_reg.engine.communicator import gather_together
 from lightning_reg.engine.errors import ArgumentError
 
 
@@ -210,7 +211,7 @@ class SampleMemory:
         entries = torch.stack([index.to(position), position, skip], dim=1)
         rows = rows.to(self.table.dtype)
         if comm is not None and world > 1:
-            entries, rows = comm.gather(entries), comm.gather(rows)
+            entries, rows = gather_together(comm.gather, entries, rows)
         if wrong:
             raise wrong
         self._check_index(entries[:, 0])

@@ -17,6 +17,7 @@ from lightning_reg.engine.checks import (
     check_applied,
     check_manual,
     check_rerun,
+    check_sharded_alike,
     check_strategy,
 )
 from lightning_reg.engine.communicator import Communicator
@@ -26,6 +27,7 @@ from lightning_reg.engine.errors import RegularizationError, UnsupportedError
 from lightning_reg.engine.idle_hooks import mute_idle_hooks, unmute_hooks
 from lightning_reg.engine.outputs import loss_of, split_arguments, with_loss
 from lightning_reg.engine.patch import MethodPatch
+from lightning_reg.engine.penalties import penalties
 from lightning_reg.engine.planner import Plan
 from lightning_reg.engine.random import base_seed, rng_state, stream
 from lightning_reg.engine.regularizer import (
@@ -35,9 +37,10 @@ from lightning_reg.engine.rerun import replayed_rng, without_trace
 from lightning_reg.engine.resume import checked_load
 from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.schedule import Schedule
+from lightning_reg.engine.sharding import gather_weights, put_weights_away, shards_weights
 from lightning_reg.engine.signals import SignalReader
 from lightning_reg.engine.step import Step
-from lightning_reg.engine.update import ParameterUpdate
+from lightning_reg.engine.update import ParameterUpdate, SharedUpdate
 from lightning_reg.engine.value_log import ValueLog
 
 
@@ -60,6 +63,9 @@ class TrainingStepPipeline:
         self.applied: set[str] = set()
         self.step: Step | None = None
         self.writing: Callable[[Regularizer], AbstractContextManager[None]] = _unwatched
+        # A strategy that splits work on weights over ranks says whether the coming backward
+        # averages gradients over ranks.
+        self.averages: Callable[[], bool] | None = None
         self._seed = base_seed()
         self._capture = Capture()
         self._criterion = Criterion()
@@ -70,7 +76,9 @@ class TrainingStepPipeline:
         self._last_global_step = 0
         self._total_steps = 0.0
         self._rerun_checked = False
+        self._holds_weights = False
         self._applied_checked = False
+        self._split: list[Regularizer] = []
         self._replay: dict[int, tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     # ------------------------------------------------------------------ life
@@ -105,6 +113,9 @@ class TrainingStepPipeline:
     def on_train_start(self) -> None:
         """Start to watch submodules; take references."""
         check_data_hooks(self.trainer)
+        # Those that a sanity check gathered.
+        put_weights_away(self.module)
+        check_sharded_alike(self.module, self.plan.techniques)
         layers = {layer for t in self.plan.techniques for layer in self._layers(t)}
         self._capture.attach(self.module, layers)
         self._last_global_step = int(self.trainer.global_step)
@@ -149,13 +160,28 @@ class TrainingStepPipeline:
         total = self._evaluate(step, active, original, args, kwargs)
         if total is None:
             return step.outputs
+        # At the clean weights, and unseen by a first pass that is to find the direction.
+        shared = self._shared_gradients(total)
         for technique in replayed:
             if not self._rerun_checked:
                 check_rerun(technique, total, lambda: self.rerun(step))
                 self._rerun_checked = True
             with self.writing(technique):
                 total = technique.perturb(step.asked_by(technique), total)
-        return with_loss(step.outputs, total)
+        return with_loss(step.outputs, total if shared is None else shared.carried_by(total))
+
+    def _shared_gradients(self, total: Tensor) -> SharedUpdate | None:
+        """Phase 6 of techniques that split their work, if the coming backward is the last."""
+        self._split = []
+        if self.averages is None or not self.averages():
+            return None
+        update = SharedUpdate(self)
+        with torch.no_grad(), torch.autocast(total.device.type, enabled=False):
+            for technique in self.plan.phases["parameter_gradient"]:
+                if technique.splits and technique.active(update):
+                    update.log(technique, technique.parameter_gradient(update))
+                    self._split.append(technique)
+        return update
 
     def _evaluate(
         self,
@@ -184,12 +210,10 @@ class TrainingStepPipeline:
         with torch.autocast(step.loss.device.type, enabled=False):
             if self._criterion.concerns(step, active):
                 total = self._criterion(step, active)
-            for technique in self._members("penalty", active):
-                value = technique.penalty(step.asked_by(technique))
-                if value is not None:
-                    total = total + self.strength(technique) * value
-                    if not step.is_rerun:
-                        step.log(technique, value.detach())
+            for technique, value in penalties(step, self._members("penalty", active)):
+                total = total + self.strength(technique) * value
+                if not step.is_rerun:
+                    step.log(technique, value.detach())
         return total
 
     def regularize(self, loss: Tensor, given: dict[str, Any]) -> Tensor:
@@ -238,6 +262,9 @@ class TrainingStepPipeline:
         """Give techniques that moved the weights the chance to move them back."""
         for technique in self.plan.phases["perturb"]:
             technique.restore()  # type: ignore[attr-defined]
+        if self._holds_weights:
+            put_weights_away(self.module)
+            self._holds_weights = False
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Closed-form gradients, then gradient edits; gradients are unscaled and reduced here."""
@@ -245,10 +272,12 @@ class TrainingStepPipeline:
         with torch.no_grad():
             for phase in ("parameter_gradient", "edit_gradients"):
                 for technique in self.plan.phases[phase]:
-                    if technique.active(update):
+                    brought = phase == "parameter_gradient" and technique in self._split
+                    if technique.active(update) and not brought:
                         with self.writing(technique):
                             value = getattr(technique, phase)(update)
                         update.log(technique, value)
+        self._split = []
 
     def on_train_batch_end(self) -> None:
         """Project if an optimizer stepped, then write the log."""
@@ -280,6 +309,13 @@ class TrainingStepPipeline:
             progress=self.progress(),
         )
 
+    def splits_loss(self) -> bool:
+        """Whether a rank may add its part of a term on weights to its own loss.
+
+        Not where a rank follows the gradient of its own loss to other weights.
+        """
+        return self.averages is not None and not self.plan.phases["perturb"]
+
     def progress(self) -> float:
         """The share of the planned optimizer steps that is done; 0 for an endless run."""
         if not 0 < self._total_steps < float("inf"):
@@ -294,9 +330,22 @@ class TrainingStepPipeline:
         """Keep a value for the log of this optimizer step; micro-batches are averaged."""
         self._log.collect(technique.name, value, suffix)
 
+    def hold_weights(self) -> None:
+        """Where FSDP2 shards weights: let the module hold whole ones until the next backward ends.
+
+        For gradients that are differentiated again: FSDP2 gathers weights for the backward of a
+        forward pass only.
+        """
+        if shards_weights(self.trainer):
+            gather_weights(self.module)
+            self._holds_weights = True
+
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizers update, in the module's order."""
         update = ParameterUpdate(self, None)
+        if shards_weights(self.trainer):
+            # In the middle of a step the module may hold gathered weights in their place.
+            return update.owned()
         return [p for p in self.module.parameters() if p.requires_grad and update.owns(p)]
 
     def generator(self, name: str, shared: bool, per: str, *count: int) -> torch.Generator:

@@ -17,6 +17,7 @@ from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.technique import Technique
 
 if TYPE_CHECKING:
+    from lightning_reg.engine.communicator import JointMean
     from lightning_reg.engine.pipeline import TrainingStepPipeline
     from lightning_reg.engine.step import Step
     from lightning_reg.engine.update import ParameterUpdate
@@ -56,6 +57,9 @@ class Regularizer(Technique, Callback):
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset()
     exclusive: ClassVar[frozenset[str]] = frozenset()
+    # `parameter_gradient` reads nothing but weights, and takes its part of them from
+    # `update.share`: it may run in front of the last backward of an optimizer step.
+    splits: ClassVar[bool] = False
     explanation: ClassVar[str] = ""
 
     def __init__(
@@ -116,8 +120,12 @@ class Regularizer(Technique, Callback):
         """Phase 3: weights (B,) of mean one over all ranks, from detached losses (B,)."""
         raise NotImplementedError(f"{type(self).__name__} declares no weights")
 
-    def penalty(self, step: Step) -> Tensor | None:
-        """Phase 4: a scalar that is added to the loss times the strength."""
+    def penalty(self, step: Step) -> Tensor | JointMean | None:
+        """Phase 4: a scalar that is added to the loss times the strength.
+
+        A :class:`JointMean` is the mean over the samples of all ranks, which shares one
+        collective with those of all other techniques.
+        """
         return None
 
     def perturb(self, step: Step, total: Tensor) -> Tensor:

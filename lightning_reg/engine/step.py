@@ -21,6 +21,7 @@ from lightning_reg.engine.signals import (
     read_path,
     write_path,
 )
+from lightning_reg.engine.split_work import Cost, Share
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -78,6 +79,10 @@ class RunContext:
     def strength(self, technique: Regularizer) -> float:
         """The technique's strength now."""
         return self._pipeline.strength(technique)
+
+    def share(self, weights: Mapping[str, torch.nn.Parameter], cost: Cost) -> Share:
+        """This rank's part of work on weights: all of it, unless the strategy splits it."""
+        return Share(weights)
 
     def log(self, technique: Regularizer, value: Tensor | float | None, suffix: str = "") -> None:
         """Log ``value`` under ``reg/<name>`` (``reg/<name>_<suffix>``); free on other steps."""
@@ -240,6 +245,10 @@ class Step(RunContext):
     def drop_outputs(self) -> None:
         """Keep no more than :meth:`rerun` needs, of a step that outlives its micro-batch."""
         self.outputs, self.loss, self.records, self.target_distribution = None, None, {}, None
+
+    def share(self, weights: Mapping[str, torch.nn.Parameter], cost: Cost) -> Share:
+        """This rank's part of a term of the loss, where only the mean over ranks matters."""
+        return Share(weights, self.comm if self._pipeline.splits_loss() else None, cost)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the Trainer's optimizers update."""

@@ -21,6 +21,9 @@ class Technique:
         needs: the signals that it reads (``"logits"``, ``"targets"``, ``"features"``, ...).
         exemptions: checks of the contract that cannot hold, each with the reason that a user is
             told; the names are those of ``lightning_reg.testing.CHECKS``.
+        sharded: whether it is right where FSDP2 shards weights over ranks. ``None``: yes, unless it
+            acts on weights or their gradients. One that depends on an argument says yes here, and
+            refuses the others in ``validate``.
         function: the technique's mathematics as a pure tensor function.
     """
 
@@ -28,4 +31,5 @@ class Technique:
     semantics: ClassVar[Semantics] = "replica"
     needs: ClassVar[tuple[str, ...]] = ()
     exemptions: ClassVar[Mapping[str, str]] = {}
+    sharded: ClassVar[bool | None] = None
     function: ClassVar[Callable[..., Any] | None] = None

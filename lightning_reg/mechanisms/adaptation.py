@@ -28,6 +28,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_reg.engine import Plan, Regularizer, Signals, Step, UnsupportedError
+from lightning_reg.engine.checks import check_strategy
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import ArgumentError, check_range
 from lightning_reg.engine.observe import Observer, sparing_collections
@@ -62,6 +63,7 @@ class TestTimeAdaptation(Regularizer):
     needs: ClassVar[tuple[str, ...]] = ("logits",)
     reads: ClassVar[frozenset[str]] = frozenset({"logits"})
     writes: ClassVar[frozenset[str]] = frozenset({"weights"})
+    sharded: ClassVar[bool | None] = False
     exclusive: ClassVar[frozenset[str]] = frozenset({"adaptation_in_a_test"})
 
     def __init__(
@@ -126,6 +128,7 @@ class TestTimeAdaptation(Regularizer):
         """Get between the Trainer and the user's step."""
         super().setup(trainer, pl_module, stage)
         if stage in self.stages and self.strength != 0:
+            check_strategy(trainer, [self])
             Plan.of(trainer.callbacks)  # type: ignore[attr-defined]
             # Lightning hands over an enum, whose text is another than its value.
             name = next(known for known in STEPS if known == stage)

@@ -7,6 +7,7 @@ with which importance for each weight. The mechanism takes care of
 - the closed-form gradient, once per optimizer step, and the value for the log;
 - the state: references and importances are part of ``state_dict`` and come back on a resume, so
   they are never taken again there;
+- weights that FSDP2 shards: references are sharded as they are, and whole in a checkpoint;
 - weights that are new since (a grown head): without a reference they are left free; a weight
   whose shape changed is an error;
 - a reference that is not finite: it is not taken, the one before stays.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from lightning_reg.engine import ParameterUpdate, RegularizationError
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.selection import ParameterSelection
+from lightning_reg.engine.sharding import put_weights_away, shard_like, whole
 from lightning_reg.mechanisms.selected_weights import SelectedWeights
 
 
@@ -37,6 +39,7 @@ class WeightAnchor(SelectedWeights):
         name: the name in logs and checkpoints.
     """
 
+    sharded: ClassVar[bool | None] = True
     reads: ClassVar[frozenset[str]] = frozenset({"weights"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
@@ -74,13 +77,14 @@ class WeightAnchor(SelectedWeights):
             importance: by name, non-negative, of the shape of the weight; what is missing counts
                 one.
         """
+        put_weights_away(module)
         chosen = self.selection.select(module, self)
         reference = {name: weight.detach().clone() for name, weight in chosen.items()}
         if importance is not None:
             one = {name: torch.ones_like(t) for name, t in reference.items()}
             importance = {n: importance.get(n, one[n]).detach().clone() for n in reference}
         importance = importance or {}
-        if not _finite([*reference.values(), *importance.values()]):
+        if not all_finite([*reference.values(), *importance.values()]):
             rank_zero_warn(
                 f"{type(self).__name__}: weights or importances are not finite, so no reference "
                 "is taken from them; the one before stays."
@@ -95,7 +99,9 @@ class WeightAnchor(SelectedWeights):
         for table in (self._reference, self._importance):
             for name in table.keys() & weights.keys():
                 self._check_shape(name, weights[name], table[name])
-                table[name] = table[name].to(weights[name])
+                weight = weights[name]
+                held = whole(table[name]).to(weight.device, weight.dtype)
+                table[name] = shard_like(held, weight)
 
     # ------------------------------------------------------------------ the pull
 
@@ -115,11 +121,11 @@ class WeightAnchor(SelectedWeights):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """References and importances, and how often one was taken."""
+        """References and importances, whole, and how often one was taken; call it on all ranks."""
         return {
             "references_taken": self.references_taken,
-            "reference": dict(self._reference),
-            "importance": dict(self._importance),
+            "reference": {name: whole(t) for name, t in self._reference.items()},
+            "importance": {name: whole(t) for name, t in self._importance.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -160,16 +166,19 @@ def anchor_pull(
         )
         products = torch._foreach_mul(distance, pull)  # type: ignore[arg-type]
         value = torch.stack([p.sum() for p in products]).sum()
-        return value, list(torch._foreach_mul(pull, 2.0))
+        return whole(value), list(torch._foreach_mul(pull, 2.0))
 
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every entry of every tensor is finite; a host sync."""
     if not tensors:
         return True
     # A norm is finite only if every entry is; large finite weights do not reach its limit.
     return bool(
-        torch.stack([n.double() for n in torch._foreach_norm(list(tensors))]).isfinite().all()
+        whole(torch.stack([n.double() for n in torch._foreach_norm(list(tensors))]))
+        .isfinite()
+        .all()
     )
 
 
-__all__ = ["WeightAnchor", "anchor_pull"]
+__all__ = ["WeightAnchor", "all_finite", "anchor_pull"]

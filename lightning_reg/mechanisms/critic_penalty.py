@@ -113,6 +113,9 @@ class CriticPenalty(Regularizer):
             torch.manual_seed(stream_seed(seed, "critic", step.global_step))
             points = stream(step.device, seed, "points", step.global_step)
             values = self.values(self._watched(critic), real, fake, points)
+        # The backward of a gradient starts with weights that the gradient itself has put away.
+        assert self.pipeline is not None
+        self.pipeline.hold_weights()
         value = step.comm.mean(values)
         return value + (self.interval - 1) * (value - value.detach())
 

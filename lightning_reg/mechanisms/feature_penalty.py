@@ -16,10 +16,10 @@ from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Step
-from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.errors import ArgumentError, owner_name
 from lightning_reg.engine.technique import Semantics
 
 Pooling = Literal["mean", "flatten", "positions", "first"]
@@ -82,21 +82,11 @@ class FeaturePenalty(Regularizer):
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there, and no layer where none is handed over."""
-        known = [name for name, _ in pl_module.named_modules() if name]
         if self.layer is None:
             if pl_module.automatic_optimization:
-                raise ArgumentError(
-                    self,
-                    "`layer` must name the submodule whose output is meant; this module has "
-                    f"{_few(known)}",
-                    cure=f'{type(self).__name__}(layer="{known[0] if known else "encoder"}")',
-                )
-        elif not self.layer.startswith("outputs.") and self.layer not in known:
-            raise ArgumentError(
-                self,
-                f"`layer` is {self.layer!r}, which this module does not have; it has {_few(known)}",
-                cure=f'{type(self).__name__}(layer="{known[0] if known else "encoder"}")',
-            )
+                check_layer(self, self.layer, pl_module)
+        elif not self.layer.startswith("outputs."):
+            check_layer(self, self.layer, pl_module)
 
     def penalty(self, step: Step) -> Tensor:
         """Phase 4."""
@@ -128,9 +118,30 @@ class FeaturePenalty(Regularizer):
         return positions[:, 0] if self.pooling == "first" else positions.flatten(0, 1)
 
 
+def check_layer(owner: object, layer: str | None, module: nn.Module, also: str = "") -> None:
+    """Raise :class:`ArgumentError` unless ``layer`` names a submodule.
+
+    Args:
+        owner: the technique.
+        layer: its argument.
+        module: which has to have the layer.
+        also: further arguments for the line that cures.
+    """
+    known = [name for name, _ in module.named_modules() if name]
+    if layer in known:
+        return
+    problem = (
+        f"`layer` must name the submodule whose output is meant; this module has {_few(known)}"
+        if layer is None
+        else f"`layer` is {layer!r}, which this module does not have; it has {_few(known)}"
+    )
+    cure = f'{owner_name(owner)}({also}layer="{known[0] if known else "encoder"}")'
+    raise ArgumentError(owner, problem, cure=cure)
+
+
 def _few(names: list[str], limit: int = 12) -> str:
     shown = ", ".join(names[:limit]) or "no submodules"
     return shown + (", ..." if len(names) > limit else "")
 
 
-__all__ = ["FeaturePenalty", "Pooling"]
+__all__ = ["FeaturePenalty", "Pooling", "check_layer"]

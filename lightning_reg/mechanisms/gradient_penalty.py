@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Signals, Step
+from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.errors import ArgumentError, UnsupportedError
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
@@ -225,7 +226,7 @@ class GradientPenalty(Regularizer):
         """Phase 2."""
         return twice_differentiable(self._recurrent)
 
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: Step) -> JointMean:
         """Phase 4."""
         points = step.inputs
         if self.layer is not None:
@@ -241,7 +242,11 @@ class GradientPenalty(Regularizer):
         if not self._checked:
             check_not_compiled(self, outputs)
             self._checked = True
-        return step.comm.mean(self.values(outputs, points, step.rng(self)))
+        values = self.values(outputs, points, step.rng(self))
+        # The backward of a gradient starts with weights that the gradient itself has put away.
+        assert self.pipeline is not None
+        self.pipeline.hold_weights()
+        return JointMean.of(values)
 
 
 def _on_sphere(like: Tensor, generator: torch.Generator | None) -> Tensor:

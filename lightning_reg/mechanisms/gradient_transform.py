@@ -8,6 +8,8 @@ The mechanism takes care of
   Lightning clips them;
 - AMP: gradients come without the loss scale, also where a fused optimizer unscales later;
 - half precision: the technique computes in float32;
+- weights that FSDP2 shards: the technique sees whole weights and gradients, which every rank holds
+  all at the same time; choose fewer where memory is short;
 - a strength below 1, which makes that share of the change;
 - sparse gradients, which are refused.
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import ParameterSelection, ParameterUpdate, Schedule
+from lightning_reg.engine.sharding import wholes, write
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.selected_weights import (
@@ -42,6 +45,7 @@ class GradientTransform(SelectedWeights):
     """
 
     semantics: ClassVar[Semantics] = "replica"
+    sharded: ClassVar[bool | None] = True
     reads: ClassVar[frozenset[str]] = frozenset({"gradients", "weights"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
@@ -72,16 +76,18 @@ class GradientTransform(SelectedWeights):
         if not weights:
             return None
         scale = update.gradient_scale()
-        full = [full_precision(g) for g in gradients]
+        full = [full_precision(g) for g in wholes(gradients)]
         if scale is not None:
             full = list(torch._foreach_div(full, scale))
-        changed, value = self.transform([full_precision(w) for w in weights.values()], full)
+        changed, value = self.transform(
+            [full_precision(w) for w in wholes(list(weights.values()))], full
+        )
         share = update.strength(self)
         if share != 1:
             changed = list(torch._foreach_lerp(full, changed, share))
         if scale is not None:
             changed = list(torch._foreach_mul(changed, scale))
-        torch._foreach_copy_(gradients, changed)
+        write(gradients, changed)
         return value
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_reg.engine import ParameterUpdate, Regularizer, Schedule, Step, UnsupportedError
 from lightning_reg.engine.errors import ArgumentError, check_range
 from lightning_reg.engine.observe import Observer, evaluating, sparing_collections
+from lightning_reg.engine.penalties import penalties
 from lightning_reg.engine.regularizer import overrides
 from lightning_reg.engine.rerun import without_trace
 from lightning_reg.engine.technique import Semantics
@@ -48,6 +49,7 @@ class HypergradientTuner(Regularizer):
 
     semantics: ClassVar[Semantics] = "global"
     reads: ClassVar[frozenset[str]] = frozenset({"losses", "weights"})
+    sharded: ClassVar[bool | None] = False
 
     def __init__(
         self,
@@ -121,12 +123,12 @@ class HypergradientTuner(Regularizer):
         target = self._target(step.trainer)
         if step.is_rerun or not overrides(target, "penalty"):
             return
-        value = target.penalty(step.asked_by(target))
-        if value is None or not value.requires_grad:
+        values = [value for _, value in penalties(step, [target]) if value.requires_grad]
+        if not values:
             return
         weights = step.trainable_parameters()
         found = torch.autograd.grad(
-            value, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+            values, weights, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         share = 1.0 / step.trainer.accumulate_grad_batches
         self._add(weights, [g * share for g in found])

@@ -11,6 +11,7 @@ mechanism takes care of
 - weights, masked again after each optimizer step: neither momentum, nor weight decay, nor another
   technique's gradient moves them away from zero;
 - tied weights, which share one mask;
+- weights that FSDP2 shards: every rank keeps whole masks and applies its part;
 - checkpoints: weights hold their zeros, and the masks are the technique's state;
 - the log, which shows the share of chosen weights that is kept.
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_reg.engine import ParameterSelection, ParameterUpdate
+from lightning_reg.engine.sharding import own_parts, parts
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.selected_weights import SelectedWeights, dense_gradients
 
@@ -43,6 +45,7 @@ class MaskedWeights(SelectedWeights):
     """
 
     semantics: ClassVar[Semantics] = "replica"
+    sharded: ClassVar[bool | None] = True
     # Masks come before what reads gradients or weights: norms are those of what is kept.
     writes: ClassVar[frozenset[str]] = frozenset({"gradients", "weights"})
 
@@ -91,7 +94,7 @@ class MaskedWeights(SelectedWeights):
                 self._masks.update(self.masks(new, pl_module, generator))
                 self.on_new_masks(new, self._masks)
             self._masks = {name: self._masks[name].to(w.device) for name, w in weights.items()}
-            torch._foreach_mul_(list(weights.values()), list(self._masks.values()))
+            self._mask(list(weights.values()), weights)
         total = sum(mask.numel() for mask in self._masks.values())
         counts = [mask.count_nonzero() for mask in self._masks.values()]
         self._kept = torch.stack(counts).sum() / total
@@ -100,14 +103,14 @@ class MaskedWeights(SelectedWeights):
         """Phase 7."""
         weights, gradients = dense_gradients(self, update.trainable(self._held(update)))
         if gradients:
-            torch._foreach_mul_(gradients, [self._masks[name] for name in weights])
+            self._mask(gradients, weights)
         return self._kept
 
     def project(self, update: ParameterUpdate) -> None:
         """Phase 8."""
         weights = update.trainable(self._held(update))
         if weights:
-            torch._foreach_mul_(list(weights.values()), [self._masks[name] for name in weights])
+            self._mask(list(weights.values()), weights)
 
     def state_dict(self) -> dict[str, Any]:
         """The masks by name."""
@@ -116,6 +119,9 @@ class MaskedWeights(SelectedWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the masks of a checkpoint."""
         self._masks = dict(state_dict["masks"])
+
+    def _mask(self, tensors: Sequence[Tensor], names: Iterable[str]) -> None:
+        torch._foreach_mul_(parts(tensors), own_parts([self._masks[n] for n in names], tensors))
 
     def _held(self, update: ParameterUpdate) -> dict[str, nn.Parameter]:
         # A layer that was frozen at the start, and is unfrozen later, has no mask.

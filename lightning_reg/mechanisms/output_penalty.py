@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Signals, Step
+from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.technique import Semantics
 
@@ -43,8 +44,8 @@ def softmax_entropy(logits: Tensor) -> Tensor:
     return -(p * log_p).sum(-1)
 
 
-class OutputPenalty(Regularizer):
-    """Base of penalties that are a mean over the rows of logits.
+class LogitRows(Regularizer):
+    """Base of techniques that read logits as rows (N, C) of the positions that count.
 
     Args:
         strength: the multiplier.
@@ -79,14 +80,6 @@ class OutputPenalty(Regularizer):
                 )
         self.ignore_index = ignore_index
         self.class_dim = class_dim
-
-    @abstractmethod
-    def values(self, logits: Tensor) -> Tensor:
-        """The penalty (N,) of each row of logits (N, C); N may be 0."""
-
-    def penalty(self, step: Step) -> Tensor:
-        """Phase 4."""
-        return step.comm.mean(self.values(self._rows(step.logits, step.find("targets"))))
 
     def _rows(self, logits: Tensor, targets: Any) -> Tensor:
         """Logits (N, C) of the positions that count."""
@@ -135,8 +128,20 @@ class OutputPenalty(Regularizer):
         )
 
 
+class OutputPenalty(LogitRows):
+    """Base of penalties that are a mean over the rows of logits; arguments of `LogitRows`."""
+
+    @abstractmethod
+    def values(self, logits: Tensor) -> Tensor:
+        """The penalty (N,) of each row of logits (N, C); N may be 0."""
+
+    def penalty(self, step: Step) -> JointMean:
+        """Phase 4."""
+        return JointMean.of(self.values(self._rows(step.logits, step.find("targets"))))
+
+
 def _are_labels(targets: Any) -> bool:
     return isinstance(targets, Tensor) and not targets.is_floating_point()
 
 
-__all__ = ["OutputPenalty", "softmax_entropy"]
+__all__ = ["LogitRows", "OutputPenalty", "softmax_entropy"]

@@ -11,7 +11,8 @@ penalty that is not smooth, :meth:`ProximalStep.proximal`. The mechanism takes c
 - the learning rate that each weight was stepped with, which a proximal step needs. It is taken
   before the step, since schedulers have moved on when the projection runs.
 
-Weights are the same on every rank, so every rank projects them alike.
+Weights are the same on every rank, so every rank projects them alike; those that FSDP2 shards are
+gathered for it, all at the same time, and each rank keeps its part.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_reg.engine import ParameterSelection, ParameterUpdate, Schedule
+from lightning_reg.engine.sharding import whole, write
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.selected_weights import SelectedWeights, check_share
@@ -41,6 +43,7 @@ class Projection(SelectedWeights):
     """
 
     semantics: ClassVar[Semantics] = "replica"
+    sharded: ClassVar[bool | None] = True
     reads: ClassVar[frozenset[str]] = frozenset({"weights"})
     writes: ClassVar[frozenset[str]] = frozenset({"weights"})
 
@@ -70,12 +73,12 @@ class Projection(SelectedWeights):
         weights = update.trainable(self.selected(update))
         if not weights:
             return None
-        full = {name: full_precision(w.detach()) for name, w in weights.items()}
+        full = {name: full_precision(whole(w.detach())) for name, w in weights.items()}
         projected, value = self.project_weights(update, full)
         share = update.strength(self)
         if share != 1:
             projected = list(torch._foreach_lerp(list(full.values()), projected, share))
-        torch._foreach_copy_(list(weights.values()), projected)
+        write(list(weights.values()), projected)
         return value
 
 
@@ -92,6 +95,7 @@ class ProximalStep(SelectedWeights):
     """
 
     semantics: ClassVar[Semantics] = "replica"
+    sharded: ClassVar[bool | None] = True
     reads: ClassVar[frozenset[str]] = frozenset({"weights"})
     writes: ClassVar[frozenset[str]] = frozenset({"weights"})
 
@@ -126,9 +130,9 @@ class ProximalStep(SelectedWeights):
         if not weights:
             return None
         steps = [self._rates[w] * self._strength_of_step for w in weights.values()]
-        full = {name: full_precision(w.detach()) for name, w in weights.items()}
+        full = {name: full_precision(whole(w.detach())) for name, w in weights.items()}
         moved, value = self.proximal(full, steps)
-        torch._foreach_copy_(list(weights.values()), moved)
+        write(list(weights.values()), moved)
         self._rates.clear()
         return value
 

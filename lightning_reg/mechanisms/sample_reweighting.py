@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import Regularizer, Schedule, Signals, Step
-from lightning_reg.engine.criterion import IGNORE_INDEX
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.loss_replacement import Replaces, check_replaces
@@ -66,7 +65,9 @@ class SampleReweighting(Regularizer):
 
     def sample_weights(self, step: Step, losses: Tensor) -> Tensor:
         """Phase 3."""
-        sample = _sample_of(step.targets, len(losses), losses.device)
+        assert step.target_distribution is not None
+        classes = step.target_distribution.shape[-1]
+        sample = _sample_of(step.targets, classes, len(losses), losses.device)
         own = _means(losses, sample)
         rank = torch.full_like(own, step.comm.rank)
         joint = step.comm.gather(torch.stack([own, rank], dim=1))
@@ -78,13 +79,14 @@ class SampleReweighting(Regularizer):
         return weights if sample is None else weights[sample]
 
 
-def _sample_of(targets: Tensor, rows: int, device: torch.device) -> Tensor | None:
+def _sample_of(targets: Tensor, classes: int, rows: int, device: torch.device) -> Tensor | None:
     """The sample (among those with any row) of each row of the loss; ``None`` if it is the row."""
     if rows == len(targets):
         return None
     if targets.is_floating_point():
         return torch.arange(len(targets), device=device).repeat_interleave(rows // len(targets))
-    kept = (targets != IGNORE_INDEX).flatten(1)
+    # As the criterion: a label that is no class is one that the user's loss ignores.
+    kept = ((targets >= 0) & (targets < classes)).reshape(len(targets), -1)
     counts = kept.sum(1)
     present = counts > 0
     return torch.arange(int(present.sum()), device=device).repeat_interleave(counts[present])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine import ParameterSelection, Regularizer, Schedule
 from lightning_reg.engine.errors import ArgumentError, RegularizationError, check_range
+from lightning_reg.engine.sharding import put_weights_away
 from lightning_reg.engine.step import RunContext
 
 LAYERS = ParameterSelection(types=("Linear", "_ConvNd"))
@@ -55,6 +56,8 @@ class SelectedWeights(Regularizer):
     def selected(self, context: RunContext) -> dict[str, nn.Parameter]:
         """The chosen weights by name."""
         if self._selected_in != context.epoch:
+            # In the place of sharded weights a module may hold those that it gathered.
+            put_weights_away(context.module)
             self._selected = self.selection.select(context.module, self)
             self._selected_in = context.epoch
         return self._selected

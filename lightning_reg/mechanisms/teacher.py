@@ -32,6 +32,7 @@ from lightning_reg.engine import (
     Step,
     UnsupportedError,
 )
+from lightning_reg.engine.checks import check_sharded
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.random import base_seed, stream_seed
 from lightning_reg.engine.signals import logits_of
@@ -81,7 +82,10 @@ class FrozenNetwork:
         return {k: v.detach().cpu().clone() for k, v in state.items() if isinstance(v, Tensor)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take weights and buffers."""
+        """Take weights and buffers, and their shapes: a head may have grown since."""
+        for name, own in (*self.network.named_parameters(), *self.network.named_buffers()):
+            if name in state and state[name].shape != own.shape:
+                own.data = torch.empty_like(state[name], dtype=own.dtype, device=own.device)
         self.network.load_state_dict(state, strict=False)
 
 
@@ -97,6 +101,7 @@ class Teacher(Regularizer):
         decay: of the average, in [0, 1].
         signals: where ``inputs`` and ``logits`` are.
         name: the name in logs and checkpoints.
+        others: arguments of the next base, where a technique has several.
 
     Attributes:
         teacher: the network; ``None`` before training starts, and in the first epoch of
@@ -104,6 +109,8 @@ class Teacher(Regularizer):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("inputs", "logits")
+    # A subclass that can do without a teacher says yes.
+    sharded: ClassVar[bool | None] = False
 
     def __init__(
         self,
@@ -113,8 +120,9 @@ class Teacher(Regularizer):
         decay: float = 0.999,
         signals: Signals | None = None,
         name: str | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(strength, signals=signals, name=name)
+        super().__init__(strength, signals=signals, name=name, **others)
         if source is not None and source not in _SOURCES:
             raise ArgumentError(
                 self,
@@ -145,6 +153,7 @@ class Teacher(Regularizer):
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A teacher answers through ``forward``."""
         super().validate(trainer, pl_module)
+        check_sharded(trainer, self, self.source is not None, "copies the module for a teacher")
         inherited = type(pl_module).forward in (pl.LightningModule.forward, nn.Module.forward)
         if self.source is not None and inherited and "forward" not in vars(pl_module):
             raise UnsupportedError(

@@ -12,7 +12,17 @@ The mechanism takes care of
   gradients are summed, reduced over ranks and unscaled, so that neither accumulation nor AMP
   changes the effective strength; ``mode="loss"``: a term of the loss, for those who differentiate
   through it. The two are equal to rounding;
+- the ranks. Under ``ddp_reg`` each computes the penalty of its share of the weights, balanced by
+  :meth:`WeightPenalty.cost`, and brings the gradients into the last backward of the optimizer
+  step, where DDP sums the shares: equal to the undivided penalty to rounding, without further
+  communication. Every rank computes the whole under plain ``ddp``, with a communication hook
+  (which may send less than the gradients), under manual optimization, and, in ``mode="loss"``,
+  beside a technique that follows the gradient of each rank's own loss (SAM);
+- weights that FSDP2 shards: they are gathered, some at a time, and each rank keeps its part of
+  the gradients;
 - the log, which shows the sum over weights without the strength.
+
+A technique whose closed form keeps a state for each weight sets ``splits = False``.
 """
 
 from __future__ import annotations
@@ -21,10 +31,12 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_reg.engine import ParameterSelection, ParameterUpdate, Schedule, Step
 from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.sharding import gathered_together, whole
 from lightning_reg.engine.step import RunContext, full_precision
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.selected_weights import SelectedWeights
@@ -46,8 +58,10 @@ class WeightPenalty(SelectedWeights):
     """
 
     semantics: ClassVar[Semantics] = "replica"
+    sharded: ClassVar[bool | None] = True
     reads: ClassVar[frozenset[str]] = frozenset({"weights"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    splits: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -87,13 +101,22 @@ class WeightPenalty(SelectedWeights):
         if self.mode != "loss":
             return None
         weights = {n: w for n, w in self.selected(step).items() if w.requires_grad}
-        return self.values(self._matrices(step, weights)).sum() if weights else None
+        share = step.share(weights, self.cost)
+        value = self.values(self._matrices(step, share.own)).sum() if share.own else _zero(step)
+        return share.whole(value) if weights else None
 
     def parameter_gradient(self, update: ParameterUpdate) -> Tensor | None:
         """Phase 6, in ``mode="gradient"``."""
         weights = update.trainable(self.selected(update)) if self.mode == "gradient" else {}
-        if not weights:
-            return None
+        share = update.share(weights, self.cost)
+        value = _zero(update)
+        for group in gathered_together(share.own):
+            value = value + self._add_gradients(update, group)
+        return share.whole(value) if weights else None
+
+    def _add_gradients(
+        self, update: ParameterUpdate, weights: Mapping[str, nn.Parameter]
+    ) -> Tensor:
         values, gradients = self.closed_form(self._matrices(update, weights))
         shaped = [
             _as_weight(gradient, weight, _transposed_groups(update.module, name))
@@ -104,9 +127,13 @@ class WeightPenalty(SelectedWeights):
 
     def _matrices(self, context: RunContext, weights: Mapping[str, nn.Parameter]) -> list[Tensor]:
         return [
-            full_precision(_as_matrix(weight, _transposed_groups(context.module, name)))
+            full_precision(_as_matrix(whole(weight), _transposed_groups(context.module, name)))
             for name, weight in weights.items()
         ]
+
+
+def _zero(context: RunContext) -> Tensor:
+    return torch.zeros((), device=context.device)
 
 
 def _transposed_groups(module: nn.Module, name: str) -> int:
@@ -128,7 +155,7 @@ def _as_matrix(weight: Tensor, transposed_groups: int = 0) -> Tensor:
 def _as_weight(matrix: Tensor, weight: Tensor, transposed_groups: int = 0) -> Tensor:
     """The inverse of :func:`_as_matrix`."""
     if not transposed_groups:
-        return matrix.view_as(weight)
+        return matrix.view(weight.shape)
     inputs = weight.shape[0] // transposed_groups
     grouped = matrix.view(transposed_groups, weight.shape[1], inputs, *weight.shape[2:])
     return grouped.transpose(1, 2).flatten(0, 1)

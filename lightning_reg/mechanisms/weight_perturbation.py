@@ -9,6 +9,8 @@ takes care of
   of all ranks;
 - the second pass: the same random numbers, silent logs, metrics and BatchNorm counted once;
 - fp16 scaling: gradients pass through the scale, an overflow on one rank skips all perturbations;
+- weights that FSDP2 shards: the first pass is a backward whose gradients, already the mean over
+  ranks, are taken and cleared; norms are those of whole weights;
 - an exact restore, after an exception too: the saved weights are written back, since ``w + e - e``
   is not ``w`` and replicas would drift apart.
 """
@@ -23,9 +25,18 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.engine.carry import carry
+from lightning_reg.engine.checks import check_sharded
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.regularizer import Regularizer
 from lightning_reg.engine.schedule import Schedule
+from lightning_reg.engine.sharding import (
+    gradients_of,
+    is_sharded,
+    parts,
+    put_weights_away,
+    whole,
+)
 from lightning_reg.engine.step import RunContext, Step
 
 Sharpness = Literal["micro", "rank", "global"]
@@ -52,6 +63,7 @@ class WeightPerturbation(Regularizer):
     writes: ClassVar[frozenset[str]] = frozenset({"weights"})
     reads: ClassVar[frozenset[str]] = frozenset({"losses", "weights"})
     exclusive: ClassVar[frozenset[str]] = frozenset({"weight_perturbation"})
+    sharded: ClassVar[bool | None] = True
 
     def __init__(
         self,
@@ -89,7 +101,8 @@ class WeightPerturbation(Regularizer):
         """The displacement of each weight by one ascent step.
 
         Args:
-            weights: the weights where the gradients were taken.
+            weights: the weights where the gradients were taken; DTensors where FSDP2 shards
+                them, whose norms and sums are those of the whole.
             gradients: one gradient a weight, of the unscaled loss.
             strength: the size of the perturbation now.
         """
@@ -101,6 +114,17 @@ class WeightPerturbation(Regularizer):
     def active(self, context: RunContext) -> bool:
         """A window that was begun is finished, whatever became of the strength."""
         return bool(self._window) or context.strength(self) != 0
+
+    def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse the gradient of one rank where only that of all ranks exists."""
+        super().validate(trainer, pl_module)
+        check_sharded(
+            trainer,
+            self,
+            self.sharpness != "global",
+            f'follows the gradient of one rank (sharpness="{self.sharpness}")',
+            cure=f'{type(self).__name__}(sharpness="global")',
+        )
 
     def perturb(self, step: Step, total: Tensor) -> Tensor:
         """Phase 5."""
@@ -114,7 +138,7 @@ class WeightPerturbation(Regularizer):
         """Write the saved weights back, bit for bit."""
         if self._moved:
             with torch.no_grad():
-                torch._foreach_copy_(self._moved, self._saved)
+                torch._foreach_copy_(parts(self._moved), parts(self._saved))
             self._moved = []
 
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,7 +162,7 @@ class WeightPerturbation(Regularizer):
         self._clean.append(total.detach())
         if step.trainer.fit_loop._should_accumulate():
             # The second pass brings this micro-batch's gradient: only the value is handed on.
-            return _value_of(total.detach(), torch.zeros_like(total, requires_grad=True), [], [])
+            return carry(total.detach(), torch.zeros_like(total, requires_grad=True), [], [])
         window, clean, ascent = self._window, self._clean, self._ascent
         self._window, self._clean, self._ascent = [], [], []
         self._ascend(weights, self._average(step, _filled(weights, ascent)), window)
@@ -149,7 +173,9 @@ class WeightPerturbation(Regularizer):
         if self.sharpness == "micro":
             return total
         torch._foreach_div_(total, float(step.trainer.accumulate_grad_batches))
-        return _mean_over_ranks(step, total) if self.sharpness == "global" else total
+        if self.sharpness != "global" or is_sharded(total[0]):
+            return total
+        return _mean_over_ranks(step, total)
 
     # ------------------------------------------------------------------ both passes
 
@@ -172,6 +198,9 @@ class WeightPerturbation(Regularizer):
                     move = list(torch._foreach_add(displacement, move))  # type: ignore[arg-type]
                 displacement = self.constrain(move, strength)
                 self._place(displacement)
+            if is_sharded(weights[0]):
+                # Whole weights of the pass before are those without the displacement.
+                put_weights_away(step.module)
 
     def _window_gradients(self, weights: list[nn.Parameter], window: list[Step]) -> list[Tensor]:
         total: list[Tensor | None] = []
@@ -197,52 +226,30 @@ class WeightPerturbation(Regularizer):
                 carried = _sum_into(carried, _gradients(micro, second, weights))
         step.log(self, rise / len(window))
         reached = [(w, g) for w, g in zip(weights, carried, strict=False) if g is not None]
-        return _value_of(clean[-1], second, [g for _, g in reached], [w for w, _ in reached])
+        return carry(clean[-1], second, [g for _, g in reached], [w for w, _ in reached])
 
     def _finite(self, step: Step, gradients: list[Tensor]) -> bool:
         """Under fp16 an overflow on any rank skips the perturbation on all of them."""
         if _scaler(step) is None:
             return True
-        norms = torch.stack(torch._foreach_norm(gradients))
+        norms = whole(torch.stack(torch._foreach_norm(gradients)))
         return not step.comm.any(~torch.isfinite(norms).all())
 
     def _save(self, weights: list[nn.Parameter]) -> None:
         if [w.shape for w in weights] != [s.shape for s in self._saved]:
             self._saved = [torch.empty_like(w, requires_grad=False) for w in weights]
         with torch.no_grad():
-            torch._foreach_copy_(self._saved, list(weights))
+            torch._foreach_copy_(parts(self._saved), parts(weights))
         self._moved = list(weights)
 
     def _place(self, displacement: list[Tensor]) -> None:
-        torch._foreach_copy_(self._moved, self._saved)
-        torch._foreach_add_(self._moved, displacement)  # type: ignore[arg-type]
+        moved = parts(self._moved)
+        torch._foreach_copy_(moved, parts(self._saved))
+        torch._foreach_add_(moved, parts(displacement))
 
 
 def _no_run() -> dict[str, Any]:
     return {key: [] for key in ("_saved", "_moved", "_window", "_clean", "_ascent")}
-
-
-class _Value(torch.autograd.Function):
-    """The value of one loss with the gradient of another, plus given gradients of weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, loss: Tensor, carried: list[Tensor], *weights: Tensor
-    ) -> Tensor:
-        ctx.carried = carried
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        parts = list(torch._foreach_mul(ctx.carried, grad)) if ctx.carried else []
-        return None, grad, None, *parts
-
-
-def _value_of(
-    value: Tensor, loss: Tensor, carried: list[Tensor], weights: Sequence[Tensor]
-) -> Tensor:
-    result: Tensor = _Value.apply(value, loss, carried, *weights)  # type: ignore[no-untyped-call]
-    return result
 
 
 def _gradients(step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[Tensor | None]:
@@ -252,7 +259,7 @@ def _gradients(step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[T
     """
     scaler = _scaler(step)
     scaled = total if scaler is None else scaler.scale(total)
-    found: Sequence[Tensor | None] = torch.autograd.grad(scaled, weights, allow_unused=True)
+    found = gradients_of(scaled, weights)
     dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
     present = [g for g in dense if g is not None]
     if scaler is None or not present:

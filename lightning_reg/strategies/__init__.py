@@ -1,4 +1,4 @@
-"""The strategy ``ddp_reg``: DDP with a guard over the replicas."""
+"""The strategy ``ddp_reg``: DDP that splits penalties over ranks and guards the replicas."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from lightning_reg.strategies.guard import ReplicaGuard, techniques_of
 
 
 class RegularizedDDPMixin:
-    """Guards the replicas of a DDP strategy; to be mixed in before a ``DDPStrategy``.
+    """Shares out penalties over ranks and guards replicas; mixed in before a ``DDPStrategy``.
 
     Args:
         args: arguments of ``DDPStrategy``.
@@ -23,6 +23,8 @@ class RegularizedDDPMixin:
     """
 
     lightning_module: Any
+    model: Any
+    _ddp_comm_hook: Any
 
     def __init__(self, *args: Any, guard_every_n_steps: int = 100, **kwargs: Any) -> None:
         check_range(
@@ -38,18 +40,22 @@ class RegularizedDDPMixin:
         self._guarded_step = 0
 
     def on_train_start(self) -> None:
-        """Start to keep account of who writes weights."""
+        """Share out penalties on weights; start to keep account of who writes weights."""
         super().on_train_start()  # type: ignore[misc]
         trainer = self.lightning_module.trainer
         comm = Communicator.of(trainer)
-        if comm.world_size == 1 or self.guard_every_n_steps == 0:
+        if comm.world_size == 1:
             return
         techniques = techniques_of(trainer)
+        pipelines = [t.pipeline for t in techniques if t.pipeline is not None]
+        for pipeline in pipelines if self._averages_gradients() else ():
+            pipeline.averages = self._averages_now
+        if self.guard_every_n_steps == 0:
+            return
         self._guard = ReplicaGuard(self.lightning_module, techniques, comm)
         self._guarded_step = int(trainer.global_step)
-        for technique in techniques:
-            if technique.pipeline is not None:
-                technique.pipeline.writing = self._guard.ledger.writing
+        for pipeline in pipelines:
+            pipeline.writing = self._guard.ledger.writing
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compare the replicas as the steps before have left them, projections included."""
@@ -66,6 +72,22 @@ class RegularizedDDPMixin:
         """Let go of the module."""
         self._guard = None
         super().teardown()  # type: ignore[misc]
+
+    def _averages_gradients(self) -> bool:
+        """Whether DDP leaves the exact mean of every rank's gradients behind.
+
+        Not with a communication hook, which may round or drop parts of it, nor for parameters
+        that it was told to ignore. Under manual optimization only the user knows which backward
+        is the last one of a step.
+        """
+        module = self.lightning_module
+        hooked = self._ddp_comm_hook is not None or bool(getattr(self.model, "_comm_hooks", None))
+        ignored = bool(getattr(module, "_ddp_params_and_buffers_to_ignore", None))
+        return module.automatic_optimization and not hooked and not ignored
+
+    def _averages_now(self) -> bool:
+        """Whether the coming backward is the one that averages, not a micro-batch before it."""
+        return bool(self.model.require_backward_grad_sync)
 
     def _compare(self, least_steps: int) -> None:
         if self._guard is None:

@@ -66,7 +66,8 @@ class ReplicaGuard:
 
     Compared are all parameters; the buffers of parametrizations and boolean buffers, which are
     masks; and the tensors in the ``state_dict`` of techniques that are not local to a rank. Other
-    buffers (running statistics) follow each rank's batches until DDP's next broadcast.
+    buffers (running statistics) follow each rank's batches until DDP's next broadcast. What DDP was
+    told to ignore is each rank's own.
 
     Args:
         module: the module without its DDP wrapper.
@@ -101,10 +102,13 @@ class ReplicaGuard:
 
     def _shared(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors, in an order that all ranks agree on."""
+        ignored = set(getattr(self.module, "_ddp_params_and_buffers_to_ignore", ()))
         for name, parameter in self.module.named_parameters():
-            yield f"parameter {name!r}", parameter.detach()
+            if name not in ignored:
+                yield f"parameter {name!r}", parameter.detach()
         for name, buffer in self.module.named_buffers():
-            if buffer.dtype == torch.bool or ".parametrizations." in f".{name}":
+            is_shared = buffer.dtype == torch.bool or ".parametrizations." in f".{name}"
+            if is_shared and name not in ignored:
                 yield f"buffer {name!r}", buffer
         device = next(self.module.parameters()).device
         for technique in self.techniques:

@@ -116,7 +116,7 @@ class Run:
         make = rank_trainer if distributed else pl.Trainer
         settings = {**_trainer_settings(setting), **(trainer or {})}
         if distributed:
-            settings["strategy"] = setting.strategy
+            settings.setdefault("strategy", setting.strategy)
         settings["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
         with quiet():
             self.trainer = make(callbacks=[*callbacks, self._keeper], **settings)

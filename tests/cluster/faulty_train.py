@@ -21,7 +21,15 @@ class Fault(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def main(fault: str, devices: int, num_nodes: int, folder: str, epochs: int, save_every: int):
+def main(
+    fault: str,
+    devices: int,
+    num_nodes: int,
+    folder: str,
+    epochs: int,
+    save_every: int,
+    timeout: int,
+):
     turns = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     first = all(os.environ.get(name, "0") == "0" for name in turns)
     load_example().main(
@@ -30,6 +38,7 @@ def main(fault: str, devices: int, num_nodes: int, folder: str, epochs: int, sav
         accelerator="cpu",
         epochs=epochs,
         save_every=save_every,
+        timeout=timeout,
         folder=folder,
         callbacks=[Fault(getattr(signal, fault))] if first else [],
     )

@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
@@ -47,42 +48,54 @@ def environment(**more: object) -> dict[str, str]:
     return {**kept, **fixed, **{k: str(v) for k, v in more.items()}}
 
 
-def run(commands: list[tuple[list[str], dict[str, str]]], timeout: float = 150) -> str:
+def run(commands: list[tuple[list[str], dict[str, str]]], timeout: float = 120) -> str:
     """Run commands side by side until all are done; returns what they printed.
 
     Raises:
         AssertionError: if one fails or is not done in time; with what all of them printed.
     """
-    jobs = [
-        subprocess.Popen(
-            [str(part) for part in command],
-            env=env,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for command, env in commands
-    ]
-    end = time.monotonic() + timeout
-    printed, late = [], False
-    try:
-        for job in jobs:
-            try:
-                printed.append(job.communicate(timeout=max(0.1, end - time.monotonic()))[0])
-            except subprocess.TimeoutExpired:
-                late = True
-                break
-    finally:
-        for job in jobs:
-            # The session holds the workers, too.
-            with suppress(ProcessLookupError):
-                os.killpg(job.pid, signal.SIGKILL)
-    if late:
-        printed = [job.communicate()[0] for job in jobs]
-    text = "\n-----\n".join(printed)
-    codes = [job.returncode for job in jobs]
-    assert not late, f"not done in {timeout} s:\n{text}"
-    assert not any(codes), f"exit codes {codes}:\n{text}"
-    return text
+    with ExitStack() as stack:
+        # Files, since a pipe stays open as long as any process that holds it.
+        files = [stack.enter_context(TemporaryFile("w+")) for _ in commands]
+        jobs = [
+            subprocess.Popen(
+                [str(part) for part in command],
+                env=env,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for (command, env), file in zip(commands, files, strict=True)
+        ]
+        end = time.monotonic() + timeout
+        try:
+            while any(job.poll() is None for job in jobs) and time.monotonic() < end:
+                time.sleep(0.05)
+        finally:
+            codes = [job.poll() for job in jobs]
+            for job in jobs:
+                end_tree(job)
+        for file in files:
+            file.seek(0)
+        printed = "\n-----\n".join(file.read() for file in files)
+    assert codes == [0] * len(jobs), f"exit codes {codes} (None: not done in time):\n{printed}"
+    return printed
+
+
+def end_tree(job: subprocess.Popen) -> None:
+    """Kill a process and all that it started, workers in sessions of their own included."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    children: dict[int, list[int]] = {}
+    for line in listed.stdout.splitlines():
+        pid, parent = map(int, line.split())
+        children.setdefault(parent, []).append(pid)
+    doomed = [job.pid]
+    for pid in doomed:
+        doomed += children.get(pid, [])
+    if job.poll() is not None:
+        # Its number may belong to another process by now.
+        doomed.remove(job.pid)
+    for pid in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.wait()

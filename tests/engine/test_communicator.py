@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_reg.engine.communicator import Communicator
+from lightning_reg.engine.communicator import Communicator, JointMean, gather_together
 from lightning_reg.testing.ranks import RankError
 
 ROWS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -40,6 +40,21 @@ def test_gathered_loss_has_the_joint_gradient_after_the_mean_over_ranks(ranks, s
         torch.testing.assert_close(gradient, scale.grad)
 
 
+def gathered_together(sizes):
+    rows = _share(sizes)
+    parts = (rows[:, :1] > 0, rows.view(len(rows), 3, 1).float(), rows[:, 0])
+    return gather_together(_comm().gather, *parts)
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (7, 0), (0, 7)])
+def test_rows_of_several_types_come_whole_from_one_gather(ranks, sizes):
+    expected = (ROWS[:, :1] > 0, ROWS.view(7, 3, 1).float(), ROWS[:, 0])
+    for found in ranks.run(gathered_together, sizes):
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
 def reduced_gradient(sizes, op):
     comm = _comm()
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -71,6 +86,31 @@ def test_mean_counts_each_sample_once(ranks, sizes, masked):
     expected = column[column > 0].mean() if masked else column.mean()
     for value in ranks.run(ragged_mean, sizes, masked):
         torch.testing.assert_close(value, expected)
+
+
+def gradient_through_means(sizes):
+    comm = _comm()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    rows = _share(sizes)[:, 0] * scale
+    positive = JointMean.of(rows.square(), (rows > 0).double())
+    # Single precision beside double: both keep their own.
+    half = JointMean.of(rows.float().exp())
+    first, second = comm.means([positive, half])
+    (first.log() + 0.1 * second.double()).backward()
+    return first.detach(), second.detach(), comm.reduce(scale.grad, "mean")
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (7, 0)])
+def test_means_have_the_joint_values_and_gradient(ranks, sizes):
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    column = ROWS[:, 0] * scale
+    first, second = column[column > 0].square().mean(), column.exp().mean()
+    (first.log() + 0.1 * second).backward()
+    for values in ranks.run(gradient_through_means, sizes):
+        assert values[1].dtype == torch.float32
+        torch.testing.assert_close(values[0], first.detach())
+        torch.testing.assert_close(values[1].double(), second.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(values[2], scale.grad, rtol=1e-6, atol=0)
 
 
 def test_mean_over_nothing_is_zero():

@@ -100,7 +100,9 @@ def tripped_by_the_catalogue() -> dict[str, str]:
     for name, subject in subjects().items():
         strategy = RegularizedDDPStrategy(guard_every_n_steps=1)
         try:
-            subject.run(distributed=True, trainer={"strategy": strategy}).go()
+            run = subject.run(distributed=True, trainer={"strategy": strategy})
+            assert run.trainer.strategy is strategy
+            run.go()
         except ReplicaError as error:
             found[name] = str(error)
     return found

@@ -93,3 +93,29 @@ def test_one_device_trains_as_without_it():
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(weights(module), weights(plain))
+
+
+SPAWNED = """
+import os
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+import torch
+from lightning_reg import SAM, NormLoss
+from tests.engine.simple import fit, weights
+
+def train(**settings):
+    return weights(fit([NormLoss(0.3), SAM(0.1, sharpness="global")], **settings)[0])
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # Each step takes all samples, so that no sampler's order matters.
+    joint = train(batch_size=64, max_epochs=6)
+    spawned = train(batch_size=32, max_epochs=6, strategy="ddp_reg_spawn", devices=2)
+    torch.testing.assert_close(spawned, joint, rtol=0, atol=1e-6)
+    bare = weights(fit(batch_size=64, max_epochs=6)[0])
+    assert (spawned - bare).abs().max() > 1e-2
+"""
+
+
+def test_spawned_ranks_train_what_one_process_trains():
+    done = subprocess.run([sys.executable, "-c", SPAWNED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_reg.engine import Paper, ParameterSelection, Schedule, Signals, UnsupportedError
+from lightning_reg.engine.checks import check_sharded
 from lightning_reg.engine.errors import ArgumentError, check_range
 from lightning_reg.engine.observe import Observer, evaluating, sparing_collections
 from lightning_reg.engine.random import restore_rng_state, rng_state
@@ -94,7 +95,7 @@ class PreviousTaskAnchor(WeightAnchor):
             no parameter is chosen.
         RegularizationError: when a chosen parameter changed its shape since the last task.
         UnsupportedError: for ``"fisher"`` under manual optimization, where a training step
-            cannot be looked at without taking it.
+            cannot be looked at without taking it, and where FSDP2 shards weights.
 
     Note:
         Over ranks: replica; the Fisher information is reduced over ranks once a task, samples
@@ -157,6 +158,13 @@ class PreviousTaskAnchor(WeightAnchor):
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse an empty choice, and a Fisher information that cannot be taken."""
         super().validate(trainer, pl_module)
+        check_sharded(
+            trainer,
+            self,
+            self.kind == "fisher",
+            "takes the gradient of each sample by whole weights",
+            cure='PreviousTaskAnchor(importance="uniform")',
+        )
         if self.kind == "fisher" and not pl_module.automatic_optimization:
             raise UnsupportedError(
                 self,

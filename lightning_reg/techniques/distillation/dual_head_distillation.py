@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine import ArgumentError, Communicator, Paper, Technique
 from lightning_reg.engine.errors import check_range
+from lightning_reg.engine.sharding import gradients_of, shards_weights, whole
 from lightning_reg.engine.signals import logits_of
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.teacher import FrozenNetwork
@@ -137,6 +138,7 @@ class DualHeadDistillationMixin(Technique, _Base):
         ),
     )
     semantics: ClassVar[Semantics] = "global"
+    sharded: ClassVar[bool | None] = True
     exemptions: ClassVar[Mapping[str, str]] = {
         "accumulation": "with `align` the gradients of each micro-batch are aligned by themselves",
     }
@@ -211,12 +213,12 @@ class DualHeadDistillationMixin(Technique, _Base):
 
     def _factor(self, loss: Tensor, distillation: Tensor) -> Tensor:
         """How much more the task loss has to count for the projection; 1 where nothing learns."""
-        weights = [p for p in self.parameters() if p.requires_grad]
         if not (self.training and torch.is_grad_enabled() and loss.requires_grad):
             return torch.ones((), device=loss.device)
         trainer = self.__dict__.get("_trainer")
         scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
         comm = Communicator() if trainer is None else Communicator.of(trainer)
+        weights = self._differentiated()
         gradients = torch.stack(
             [
                 # Through the AMP scale, which the factor does not depend on: none underflows.
@@ -227,6 +229,14 @@ class DualHeadDistillationMixin(Technique, _Base):
         # One collective for both: the conflict is that of the joint batch.
         task, other = comm.reduce(gradients, "mean").unbind()
         return alignment_factor(task, other)
+
+    def _differentiated(self) -> list[nn.Parameter]:
+        trainer = self.__dict__.get("_trainer")
+        if trainer is not None and shards_weights(trainer):
+            # In the middle of a step the module may hold gathered weights in their place.
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            return [p for group in groups for p in group["params"]]
+        return [p for p in self.parameters() if p.requires_grad]
 
     def _log_dual_head(self, value: Tensor, factor: Tensor) -> None:
         trainer = self.__dict__.get("_trainer")
@@ -253,9 +263,9 @@ def _head(in_features: int, num_classes: int, nonlinear: bool) -> nn.Module:
 
 
 def _flat_gradient(loss: Tensor, weights: list[nn.Parameter]) -> Tensor:
-    found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+    found = gradients_of(loss, weights, retain_graph=True)
     parts = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
-    return torch.cat([_full(part).reshape(-1) for part in parts])
+    return torch.cat([_full(whole(part.detach())).reshape(-1) for part in parts])
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class ProgressiveSelfDistillation(Teacher, SampleMemoryRegularizer):
         ),
     )
     semantics: ClassVar[Semantics] = "global"
+    sharded: ClassVar[bool | None] = True
     needs: ClassVar[tuple[str, ...]] = ("logits", "targets", "sample_index")
     reads: ClassVar[frozenset[str]] = frozenset({"logits", "targets"})
     writes: ClassVar[frozenset[str]] = frozenset({"targets"})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import Paper, RegularizationError, Schedule, Signals, Step
+from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.mechanisms.gradient_penalty import (
     GradientPenalty,
@@ -159,7 +160,7 @@ class ReconstructionContraction(GradientPenalty):
             outputs, points, self.projections, generator, self.reduction
         )
 
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: Step) -> JointMean:
         """Phase 4."""
         if not self._loss_checked:
             self._check_loss(step)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import Paper, RegularizationError, Schedule, Signals, Step
+from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.sample_memory import SampleMemoryRegularizer
@@ -124,7 +125,7 @@ class EarlyLearning(SampleMemoryRegularizer):
         check_range(self, "beta", beta, 0, 1, high_open=True, cure=cure)
         self.beta = beta
 
-    def penalty(self, step: Step) -> Tensor:
+    def penalty(self, step: Step) -> JointMean:
         """Phase 4: move the targets, then read them."""
         logits = step.logits
         if logits.ndim != 2:
@@ -135,4 +136,4 @@ class EarlyLearning(SampleMemoryRegularizer):
             )
         past = self.recall(step, logits.shape[1]).to(logits)
         targets = self.remember(step, _moving_average(past, logits, self.beta))
-        return step.comm.mean(early_learning(logits, targets.to(logits)))
+        return JointMean.of(early_learning(logits, targets.to(logits)))

@@ -72,7 +72,8 @@ class AdversarialModelPerturbation(WeightPerturbation):
         ArgumentError: if ``epsilon`` or ``inner_lr`` is negative, or ``steps`` or ``sharpness``
             has no meaning.
         UnsupportedError: if a second run of ``training_step`` gives another loss than the first,
-            under manual optimization, and under strategies that split weights over ranks.
+            under manual optimization; where FSDP2 shards weights (``ModelParallelStrategy``) for
+            ``sharpness`` other than ``"global"``, and under other strategies that shard them.
 
     Note:
         Ranks: every rank perturbs its own replica and puts the saved bits back, so replicas stay

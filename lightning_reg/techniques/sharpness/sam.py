@@ -100,12 +100,15 @@ class SAM(WeightPerturbation):
         ArgumentError: if ``rho`` or ``eta`` is negative, or ``sharpness`` or ``steps`` has no
             meaning.
         UnsupportedError: if a second run of ``training_step`` gives another loss than the first,
-            under manual optimization, and under strategies that split weights over ranks.
+            under manual optimization; where FSDP2 shards weights (``ModelParallelStrategy``) for
+            ``sharpness`` other than ``"global"``, and under other strategies that shard them.
 
     Note:
         Ranks: every rank perturbs its own replica and puts the saved bits back, so replicas stay
         equal. With ``"global"`` N ranks train what one process does on the joined batch, at one
-        more reduction of the size of the weights per optimizer step.
+        more reduction of the size of the weights per optimizer step. Where FSDP2 shards weights,
+        ``"global"`` is the only choice: gradients are averaged over ranks as they are made. The
+        first pass is a whole backward there, and the norm is still that of all weights.
         Accumulation: ``"micro"`` perturbs each micro-batch by itself; with ``"rank"`` and
         ``"global"`` N micro-batches equal one N times larger batch. These two keep the batches
         of the window in memory until its end, and take its second pass in the last micro-batch.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_reg.engine import ArgumentError, Paper, ParameterSelection
 from lightning_reg.engine.errors import check_range
+from lightning_reg.engine.sharding import parts
 from lightning_reg.mechanisms.masked_weights import MaskedWeights
 
 __all__ = ["RandomSparseMask", "random_sparse_mask"]
@@ -163,7 +164,7 @@ class RandomSparseMask(MaskedWeights):
             int(masks[name].count_nonzero()) / weight.numel() for name, weight in weights.items()
         ]
         factors = [share**-0.5 if share > 0 else 1.0 for share in kept]
-        torch._foreach_mul_(list(weights.values()), factors)
+        torch._foreach_mul_(parts(list(weights.values())), factors)
 
 
 # ---------------------------------------------------------------------- over layers

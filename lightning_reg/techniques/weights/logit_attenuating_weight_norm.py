@@ -16,6 +16,7 @@ from lightning_reg.engine import (
     ParameterUpdate,
     Schedule,
 )
+from lightning_reg.engine.sharding import whole
 from lightning_reg.engine.step import RunContext, full_precision
 from lightning_reg.mechanisms.gradient_transform import GradientTransform, radial_parts
 from lightning_reg.mechanisms.projection import Projection
@@ -134,7 +135,7 @@ class LogitAttenuatingWeightNorm(Projection, GradientTransform):
         weights = update.trainable(self.selected(update))
         new = {name: w for name, w in weights.items() if name not in self._radii}
         if new:
-            norms = torch._foreach_norm([full_precision(w.detach()) for w in new.values()])
+            norms = torch._foreach_norm([full_precision(whole(w.detach())) for w in new.values()])
             self._radii.update(zip(new, norms, strict=True))
         return super().edit_gradients(update)
 

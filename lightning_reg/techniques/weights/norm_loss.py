@@ -59,8 +59,9 @@ class NormLoss(WeightPenalty):
         ArgumentError: if ``strength`` is below 0, or if no parameter is chosen.
 
     Note:
-        Over ranks: replica; weights are the same everywhere, and nothing is communicated. Cost
-        per optimizer step: one norm a layer and one pass over the weights.
+        Over ranks: replica; nothing is communicated. Under ``ddp_reg`` each rank computes its
+        share of the layers, under ``ddp`` every rank all of them. Cost per optimizer step:
+        one norm a layer and one pass over the weights.
 
         Set the optimizer's ``weight_decay`` to 0 on the same weights: it pulls elsewhere. The
         pull says nothing to a layer in front of a BatchNorm but sets its effective learning rate;

@@ -66,9 +66,10 @@ class OrthogonalRegularizer(WeightPenalty):
             chosen.
 
     Note:
-        Over ranks: replica; weights are the same everywhere, and nothing is communicated. Cost
-        per optimizer step: two matrix products a layer, of ``n m min(n, m)`` multiplications each
-        for a matrix (n, m); the smaller of the two Gram matrices is used.
+        Over ranks: replica; nothing is communicated. Under ``ddp_reg`` each rank computes its
+        share of the layers, under ``ddp`` every rank all of them. Cost per optimizer step:
+        two matrix products a layer, of ``n m min(n, m)`` multiplications each for a matrix (n, m);
+        the smaller of the two Gram matrices is used.
 
         The sum runs over all pairs of filters, so wide layers are held harder than narrow ones.
         It hurts where filters should resemble each other, as in a classifier's last layer with

@@ -1,0 +1,43 @@
+"""Statistics over ranks that hold unequal numbers of samples, or none that counts."""
+
+import pickle
+
+import pytest
+import torch
+
+from lightning_reg.mechanisms.output_penalty import LogitRows
+from lightning_reg.testing.checks.scale import rank_difference
+from lightning_reg.testing.snapshot import largest_gap
+from tests.strategies.uneven import changes_the_loss, chosen, on_rank, train
+
+SUBJECTS = chosen()
+PENALTIES = [n for n, s in SUBJECTS.items() if not changes_the_loss(s.technique())]
+LOSSES = sorted(SUBJECTS.keys() - set(PENALTIES))
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks):
+    return [pickle.loads(answer) for answer in ranks.run(on_rank)]
+
+
+def test_penalties_and_losses_are_among_them():
+    assert len(PENALTIES) > 5
+    assert len(LOSSES) > 4
+    assert sum(issubclass(SUBJECTS[name].cls, LogitRows) for name in PENALTIES) >= 3
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalty_is_that_of_the_joint_batch(outcomes, name):
+    joint = train(SUBJECTS[name], None)
+    gap, where = largest_gap(joint.weights, outcomes[0][name].weights)
+    assert gap <= 1e-9, where
+    assert rank_difference(SUBJECTS[name], *[found[name] for found in outcomes]) is None
+    assert largest_gap(joint.start, joint.weights)[0] > 1e-6
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_over_no_label_on_one_rank_is_zero_there(outcomes, name):
+    one, other = (found[name] for found in outcomes)
+    assert rank_difference(SUBJECTS[name], one, other) is None
+    assert all(torch.isfinite(weight).all() for weight in one.weights.values())
+    assert largest_gap(one.start, one.weights)[0] > 1e-4
