@@ -46,7 +46,7 @@ class SmallConvnet(L.LightningModule):
 
 
 class StepTimes(Callback):
-    """The wall time of each training step, from batch to batch."""
+    """The CPU time of each training step, from batch to batch: other processes do not count."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -58,7 +58,7 @@ class StepTimes(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """One more step."""
-        now = time.perf_counter()
+        now = time.process_time()
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
@@ -79,7 +79,7 @@ def measure(
     steps: int,
     rounds: int,
     module: Callable[[], L.LightningModule] = SmallConvnet,
-    loader: Callable[[], DataLoader[Any]] | None = None,
+    loader: Callable[[str], DataLoader[Any]] | None = None,
     **settings: Any,
 ) -> dict[str, list[float]]:
     """The median step time of each variant in each round; rounds go through all variants.
@@ -89,7 +89,7 @@ def measure(
         steps: training steps a round; the first tenth is left out.
         rounds: how often each variant is measured.
         module: makes the model.
-        loader: makes the data.
+        loader: makes the data of a variant.
         settings: further arguments of the Trainer.
     """
     torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def measure(
                 **settings,
             )
             torch.manual_seed(0)
-            trainer.fit(module(), loader() if loader is not None else images(64 * 16))
+            trainer.fit(module(), loader(name) if loader is not None else images(64 * 16))
             times[name].append(statistics.median(clock.seconds[steps // 10 :]))
     return times
 

@@ -41,7 +41,7 @@ def check_strategy(trainer: pl.Trainer, techniques: Sequence[Regularizer]) -> No
     if refused:
         raise UnsupportedError(
             refused[0],
-            f"needs whole weights, which {strategy} shards over ranks",
+            f"acts on whole weights, which {strategy} splits over ranks",
             cure=_REPLICAS,
         )
 

@@ -39,7 +39,7 @@ def test_help_names_the_subcommands(capsys):
 def test_list_gives_json(capsys):
     assert main(["list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert {"SAM", "EarlyLearning", "CalibrationError"} <= {e["name"] for e in entries}
+    assert {"SAM", "EarlyLearning", "CalibrationError"} <= {e["class"] for e in entries}
 
 
 def test_show_takes_a_name(capsys):

@@ -1,4 +1,4 @@
-"""Strategies that split weights over ranks are refused before anything is trained."""
+"""What cannot be right where weights are split over ranks is refused before training."""
 
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
@@ -14,8 +14,9 @@ class DeepSpeedStrategy(SingleDeviceStrategy):
 
 
 def refusal() -> str:
-    """What SAM says under FSDP2 on this rank."""
-    run = rank_trainer(callbacks=[SAM()], strategy=ModelParallelStrategy(), max_epochs=1)
+    """What SAM with its defaults says under FSDP2 on this rank."""
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    run = rank_trainer(callbacks=[SAM()], strategy=strategy, max_epochs=1)
     try:
         run.fit(Host(), loader())
     except UnsupportedError as error:
@@ -23,11 +24,11 @@ def refusal() -> str:
     return ""
 
 
-def test_model_parallel_is_refused_on_every_rank(ranks):
+def test_a_rank_of_its_own_is_refused_under_model_parallel(ranks):
     one, other = ranks.run(refusal)
     assert one == other
-    assert one.startswith("SAM: acts on whole weights, which ModelParallelStrategy splits")
-    assert 'Try: Trainer(strategy="ddp_reg")' in one
+    assert one.startswith('SAM: follows the gradient of one rank (sharpness="micro")')
+    assert 'Try: SAM(sharpness="global")' in one
 
 
 def test_deepspeed_is_refused_by_name():
