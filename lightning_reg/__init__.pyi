@@ -15,6 +15,8 @@ from lightning_reg.engine.paper import Paper as Paper
 from lightning_reg.engine.pipeline import TrainingStepPipeline as TrainingStepPipeline
 from lightning_reg.engine.planner import Plan as Plan
 from lightning_reg.engine.regularizer import Regularizer as Regularizer
+from lightning_reg.engine.resume import StartAfresh as StartAfresh
+from lightning_reg.engine.resume import checked_load as checked_load
 from lightning_reg.engine.schedule import CallableSchedule as CallableSchedule
 from lightning_reg.engine.schedule import ClosedLoop as ClosedLoop
 from lightning_reg.engine.schedule import ConstantSchedule as ConstantSchedule

@@ -12,6 +12,7 @@ _HEADER = "# Written by `python -m lightning_reg._stubs`; a test keeps it curren
 _ENGINE = (
     "lightning_reg.engine",
     "lightning_reg.engine.exact_resume",
+    "lightning_reg.engine.resume",
     "lightning_reg.engine.schedule",
     "lightning_reg.mechanisms.attribute_schedule",
     "lightning_reg.strategies",
