@@ -156,7 +156,9 @@ def _in_batches(trainer: pl.Trainer, positions: list[dict[str, Any]]) -> list[di
     where the joint batch is what it was, and both count alike in any case.
     """
     loaders = trainer.fit_loop._combined_loader
-    sizes = [getattr(loader, "batch_size", None) for loader in loaders.flattened] if loaders else []
+    # Not by truth: the length of loaders is not to be had outside a fit.
+    flat = loaders.flattened if loaders is not None else []
+    sizes = [getattr(loader, "batch_size", None) for loader in flat]
     return [_rebased(p, size) for p, size in zip(positions, sizes, strict=False)]
 
 
@@ -172,7 +174,8 @@ def _rebased(state: Any, batch_size: int | None) -> Any:
 
 def _all_samplers(trainer: pl.Trainer) -> list[Any]:
     loaders = trainer.fit_loop._combined_loader
-    return [s for loader in loaders.flattened for s in _samplers(loader)] if loaders else []
+    flat = loaders.flattened if loaders is not None else []
+    return [s for loader in flat for s in _samplers(loader)]
 
 
 def _wrapped_samplers(trainer: pl.Trainer) -> list[Any]:
