@@ -36,7 +36,6 @@ from lightning_reg.engine.regularizer import (
 from lightning_reg.engine.rerun import replayed_rng, without_trace
 from lightning_reg.engine.resume import checked_load
 from lightning_reg.engine.sampler import padding_mask
-from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.sharding import gather_weights, put_weights_away, shards_weights
 from lightning_reg.engine.signals import SignalReader
 from lightning_reg.engine.step import Step
@@ -152,6 +151,9 @@ class TrainingStepPipeline:
         for technique in self._members("prepare", self.plan.techniques):
             technique.prepare(step.asked_by(technique))
         active = self._active(step)
+        if not active:
+            # Nothing is recorded or kept either: outputs that are held longer cost memory and time.
+            return original(step.batch, *args, **kwargs)
         for technique in self._members("transform_batch", active):
             technique.transform_batch(step.asked_by(technique))
         replayed = self._members("perturb", active)
@@ -207,10 +209,14 @@ class TrainingStepPipeline:
         """Phases 3 and 4."""
         assert step.loss is not None
         total = step.loss
+        members = self._members("penalty", active)
+        replaced = self._criterion.concerns(step, active)
+        if not members and not replaced:
+            return total
         with torch.autocast(step.loss.device.type, enabled=False):
-            if self._criterion.concerns(step, active):
+            if replaced:
                 total = self._criterion(step, active)
-            for technique, value in penalties(step, self._members("penalty", active)):
+            for technique, value in penalties(step, members):
                 total = total + self.strength(technique) * value
                 if not step.is_rerun:
                     step.log(technique, value.detach())
@@ -301,7 +307,8 @@ class TrainingStepPipeline:
     def strength(self, technique: Regularizer) -> float:
         """The strength of ``technique`` at this point of the run."""
         strength = technique.strength
-        if not isinstance(strength, Schedule):
+        # Asked several times a step: a number is told faster than that something is no Schedule.
+        if isinstance(strength, (int, float)):
             return strength
         return strength.value(
             step=int(self.trainer.global_step),
