@@ -7,6 +7,7 @@ Started again, it goes on from the newest checkpoint in ``--folder``, bit for bi
 import os
 import signal
 import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -109,8 +110,12 @@ def ask_for_another_turn(trainer):
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None and trainer.is_global_zero:
         subprocess.run(["scontrol", "requeue", job], check=False)
-    torch.distributed.destroy_process_group()
-    raise SystemExit(75 if job is None else 0)
+    for logger in trainer.loggers:
+        logger.finalize("preempted")
+    sys.stdout.flush()
+    # At once, since all is saved: a process group that the other ranks are leaving as well may
+    # keep an orderly exit waiting until the scheduler kills the job, and its requeue with it.
+    os._exit(75 if job is None else 0)
 
 
 def newest(folder):
