@@ -309,7 +309,7 @@ def settings_of(*arguments):
     return read_settings(make_parser().parse_args(list(arguments)))
 
 
-def test_defaults_are_those_of_the_issue():
+def test_defaults_are_noisy_digits_over_several_seeds():
     settings = settings_of()
     assert settings.techniques == DEFAULT_TECHNIQUES
     assert (settings.data, settings.label_noise, settings.train_fraction) == ("digits", 0.4, 1.0)

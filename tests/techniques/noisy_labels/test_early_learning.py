@@ -218,3 +218,11 @@ def test_wrong_labels_are_memorized_less():
     # 40 % of the labels are wrong; a network of this size fits all of them.
     assert max(fit for fit, _ in with_it) < 0.5 < 0.95 < min(fit for fit, _ in without)
     assert min(right for _, right in with_it) > max(right for _, right in without)
+
+
+def test_no_gradient_passes_through_the_targets():
+    logits = torch.zeros(2, 3, requires_grad=True)
+    targets = torch.full((2, 3), 0.2, requires_grad=True)
+    early_learning(logits, targets).sum().backward()
+    assert logits.grad is not None
+    assert targets.grad is None
