@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing import util
 from typing import Any
+
+import torch
 
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import check_range
@@ -38,6 +42,12 @@ class RegularizedDDPMixin:
         self.guard_every_n_steps = guard_every_n_steps
         self._guard: ReplicaGuard | None = None
         self._guarded_step = 0
+
+    def setup_environment(self) -> None:
+        """Let a spawned process take its group down: `atexit`, where Lightning does, is not run."""
+        super().setup_environment()  # type: ignore[misc]
+        if multiprocessing.parent_process() is not None:
+            util.Finalize(None, _leave_group, exitpriority=0)
 
     def on_train_start(self) -> None:
         """Share out penalties on weights; start to keep account of who writes weights."""
@@ -96,6 +106,11 @@ class RegularizedDDPMixin:
         if now - self._guarded_step >= least_steps:
             self._guarded_step = now
             self._guard.check(now)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 __all__ = ["RegularizedDDPMixin"]
