@@ -56,6 +56,7 @@ class Communicator:
         self.rank = rank
         self.world_size = world_size
         self.group = group
+        self._room: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
 
     @classmethod
     def of(cls, trainer: Any) -> Communicator:
@@ -67,17 +68,28 @@ class Communicator:
     def gather(self, tensor: Tensor) -> Tensor:
         """The rows of all ranks, by rank (rank 0's first); ranks may have different numbers.
 
-        Two collectives (numbers and rows), and one in backward: the price of whatever is not a
-        mean or a sum over samples.
+        One collective, and one in backward: the price of whatever is not a mean or a sum over
+        samples. A second one goes round when a rank has more rows of this kind than any had before,
+        as in the first step.
 
         Args:
             tensor: (B, ...); gradients flow back to it from every rank's loss.
         """
         if self.world_size == 1:
             return tensor
-        sizes = self._sizes(tensor)
-        rows: Tensor = _Gather.apply(tensor, sizes, self.rank, self.group)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Gather.apply(tensor, self)  # type: ignore[no-untyped-call]
         return rows
+
+    def gather_rows(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each rank, without gradients; see :meth:`gather`."""
+        kind = (tensor.dtype, tuple(tensor.shape[1:]))
+        # Every rank knows the same number: it comes from what all of them have received.
+        room = self._room.get(kind, 1)
+        sizes, received = self._exchange(tensor[:room], len(tensor), room)
+        self._room[kind] = max(room, *sizes)
+        if max(sizes) > room:
+            _, received = self._exchange(tensor, len(tensor), max(sizes))
+        return [rows[:size] for rows, size in zip(received, sizes, strict=True)]
 
     def reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
         """The sum, mean, minimum or maximum over ranks, of a tensor of one shape on all ranks.
@@ -153,11 +165,21 @@ class Communicator:
             heapq.heappush(loads, (load + costs[item], rank))
         return sorted(shares[self.rank])
 
-    def _sizes(self, tensor: Tensor) -> list[int]:
-        own = torch.tensor([len(tensor)], device=tensor.device)
-        sizes = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(sizes, own, group=self.group)
-        return [int(size) for size in sizes]
+    def _exchange(self, rows: Tensor, size: int, room: int) -> tuple[list[int], list[Tensor]]:
+        """The number of rows of each rank, and the first of them, by one collective.
+
+        Bytes, so that the number fits beside rows of any type.
+        """
+        own = rows.new_zeros((room, *rows.shape[1:]))
+        own[: len(rows)] = rows.detach()
+        header = torch.tensor([size], dtype=torch.int64, device=rows.device).view(torch.uint8)
+        message = torch.cat([header, own.view(-1).view(torch.uint8)])
+        messages = [torch.empty_like(message) for _ in range(self.world_size)]
+        dist.all_gather(messages, message, group=self.group)
+        sizes = torch.stack([m[: len(header)] for m in messages]).view(torch.int64).flatten()
+        # A copy: rows of wide types may not begin in the middle of a message.
+        parts = [m[len(header) :].clone().view(rows.dtype).view(own.shape) for m in messages]
+        return sizes.tolist(), parts
 
     def _device(self, flag: Tensor | bool) -> torch.device:
         if isinstance(flag, Tensor):
@@ -189,21 +211,18 @@ class _Gather(torch.autograd.Function):
     """All-gather of rows; the backward sums what every rank's loss says of this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, sizes: list[int], rank: int, group: Any) -> Tensor:
-        ctx.sizes, ctx.rank, ctx.group = sizes, rank, group
-        longest = max(sizes)
-        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    def forward(ctx: Any, tensor: Tensor, comm: Communicator) -> Tensor:
+        parts = comm.gather_rows(tensor)
+        sizes = [len(part) for part in parts]
+        first = sum(sizes[: comm.rank])
+        ctx.own, ctx.group = slice(first, first + len(tensor)), comm.group
+        return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
-        first = sum(ctx.sizes[: ctx.rank])
-        return total[first : first + ctx.sizes[ctx.rank]], None, None, None
+        return total[ctx.own], None
 
 
 class _Sum(torch.autograd.Function):

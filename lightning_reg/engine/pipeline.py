@@ -156,14 +156,16 @@ class TrainingStepPipeline:
             return original(step.batch, *args, **kwargs)
         for technique in self._members("transform_batch", active):
             technique.transform_batch(step.asked_by(technique))
+        # At the clean weights, unseen by a first pass that is to find the direction, and before
+        # the collective of phase 4, which brings their values to the log.
+        shared = self._shared_gradients()
         replayed = self._members("perturb", active)
         if replayed:
             self._remember(step, original, args, kwargs)
         total = self._evaluate(step, active, original, args, kwargs)
         if total is None:
+            self._split = []
             return step.outputs
-        # At the clean weights, and unseen by a first pass that is to find the direction.
-        shared = self._shared_gradients(total)
         for technique in replayed:
             if not self._rerun_checked:
                 check_rerun(technique, total, lambda: self.rerun(step))
@@ -172,13 +174,13 @@ class TrainingStepPipeline:
                 total = technique.perturb(step.asked_by(technique), total)
         return with_loss(step.outputs, total if shared is None else shared.carried_by(total))
 
-    def _shared_gradients(self, total: Tensor) -> SharedUpdate | None:
+    def _shared_gradients(self) -> SharedUpdate | None:
         """Phase 6 of techniques that split their work, if the coming backward is the last."""
         self._split = []
         if self.averages is None or not self.averages():
             return None
         update = SharedUpdate(self)
-        with torch.no_grad(), torch.autocast(total.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.module.device.type, enabled=False):
             for technique in self.plan.phases["parameter_gradient"]:
                 if technique.splits and technique.active(update):
                     update.log(technique, technique.parameter_gradient(update))
@@ -216,10 +218,8 @@ class TrainingStepPipeline:
         with torch.autocast(step.loss.device.type, enabled=False):
             if replaced:
                 total = self._criterion(step, active)
-            for technique, value in penalties(step, members):
+            for technique, value in penalties(step, members, self._log):
                 total = total + self.strength(technique) * value
-                if not step.is_rerun:
-                    step.log(technique, value.detach())
         return total
 
     def regularize(self, loss: Tensor, given: dict[str, Any]) -> Tensor:
@@ -282,7 +282,7 @@ class TrainingStepPipeline:
                     if technique.active(update) and not brought:
                         with self.writing(technique):
                             value = getattr(technique, phase)(update)
-                        update.log(technique, value)
+                        update.log(technique, value, joint=technique.semantics != "local")
         self._split = []
 
     def on_train_batch_end(self) -> None:
@@ -295,7 +295,7 @@ class TrainingStepPipeline:
                     if technique.active(update):
                         with self.writing(technique):
                             value = technique.project(update)
-                        update.log(technique, value)
+                        update.log(technique, value, joint=technique.semantics != "local")
             self._log.flush(self.module, self.comm)
         if self.step is not None and not self._applied_checked:
             self._applied_checked = True
@@ -333,9 +333,11 @@ class TrainingStepPipeline:
         """Whether the Trainer writes this step's values."""
         return bool(self.trainer._logger_connector.should_update_logs)  # type: ignore[attr-defined]
 
-    def collect_log(self, technique: Regularizer, value: Tensor | float, suffix: str = "") -> None:
+    def collect_log(
+        self, technique: Regularizer, value: Tensor | float, suffix: str, joint: bool
+    ) -> None:
         """Keep a value for the log of this optimizer step; micro-batches are averaged."""
-        self._log.collect(technique.name, value, suffix)
+        self._log.collect(technique.name, value, suffix, joint=joint)
 
     def hold_weights(self) -> None:
         """Where FSDP2 shards weights: let the module hold whole ones until the next backward ends.

@@ -84,10 +84,24 @@ class RunContext:
         """This rank's part of work on weights: all of it, unless the strategy splits it."""
         return Share(weights)
 
-    def log(self, technique: Regularizer, value: Tensor | float | None, suffix: str = "") -> None:
-        """Log ``value`` under ``reg/<name>`` (``reg/<name>_<suffix>``); free on other steps."""
+    def log(
+        self,
+        technique: Regularizer,
+        value: Tensor | float | None,
+        suffix: str = "",
+        *,
+        joint: bool = False,
+    ) -> None:
+        """Log ``value`` under ``reg/<name>`` (``reg/<name>_<suffix>``); free on other steps.
+
+        Args:
+            technique: whose value it is.
+            value: this rank's; the mean over ranks is what is logged.
+            suffix: of the key.
+            joint: the value is the same on all ranks and needs no collective.
+        """
         if value is not None and self.logging:
-            self._pipeline.collect_log(technique, value, suffix)
+            self._pipeline.collect_log(technique, value, suffix, joint)
 
 
 class Step(RunContext):

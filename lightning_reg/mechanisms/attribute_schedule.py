@@ -90,7 +90,7 @@ class AttributeSchedule(Regularizer):
                 setattr(owner, attribute, self.value(self._own[name], scheduled))
         if step.logging and self._own:
             values = [self.value(own, scheduled) for own in self._own.values()]
-            step.log(self, sum(values) / len(values))
+            step.log(self, sum(values) / len(values), joint=True)
 
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the own values back."""

@@ -168,7 +168,7 @@ class HypergradientTuner(Regularizer):
         parts = update.comm.reduce(flat, "mean").split([*sizes, *sizes])
         half = len(weights)
         slope = self.hypergradient(parts[:half], parts[half:], _rates(update, weights))
-        update.log(self, slope, "hypergradient")
+        update.log(self, slope, "hypergradient", joint=True)
         target = self._target(update.trainer)
         if bool(slope.isfinite()):
             moved = float(target.strength) - self.lr * float(slope)  # type: ignore[arg-type]

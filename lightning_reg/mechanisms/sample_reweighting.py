@@ -73,7 +73,8 @@ class SampleReweighting(Regularizer):
         joint = step.comm.gather(torch.stack([own, rank], dim=1))
         weights = _of_mean_one(self.weights(step, joint[:, 0]))
         if not step.is_rerun:
-            step.log(self, weights.sum().square() / (len(weights) * weights.square().sum()))
+            effective = weights.sum().square() / (len(weights) * weights.square().sum())
+            step.log(self, effective, joint=True)
         share = step.strength(self)
         weights = 1 + share * (weights[joint[:, 1] == step.comm.rank] - 1)
         return weights if sample is None else weights[sample]

@@ -40,6 +40,25 @@ def test_gathered_loss_has_the_joint_gradient_after_the_mean_over_ranks(ranks, s
         torch.testing.assert_close(gradient, scale.grad)
 
 
+def gathered_in_turn(all_sizes):
+    """The same communicator meets other numbers of rows, types and shapes again and again."""
+    comm = _comm()
+    found = []
+    for sizes in all_sizes:
+        rows = _share(sizes)
+        kinds = (rows, rows[:, 0], rows.to(torch.bfloat16), rows > 0, rows.view(-1, 3, 1).float())
+        found.append([comm.gather(kind) for kind in kinds])
+    return found
+
+
+def test_rows_arrive_whatever_was_gathered_before(ranks):
+    all_sizes = [(4, 3), (0, 7), (7, 0), (1, 6), (3, 4), (6, 1)]
+    kinds = (ROWS, ROWS[:, 0], ROWS.to(torch.bfloat16), ROWS > 0, ROWS.view(-1, 3, 1).float())
+    for found in ranks.run(gathered_in_turn, all_sizes):
+        for turn in found:
+            assert all(torch.equal(a, b) for a, b in zip(turn, kinds, strict=True))
+
+
 def gathered_together(sizes):
     rows = _share(sizes)
     parts = (rows[:, :1] > 0, rows.view(len(rows), 3, 1).float(), rows[:, 0])

@@ -18,19 +18,30 @@ def test_without_techniques_there_is_none(ranks, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_ten_techniques_need_one_more_than_ddp_and_one_for_the_log(ranks, strategy):
-    silent = {"forward": ["all_reduce"], "backward": [], "after": []}
-    logged = {"forward": ["all_reduce"], "backward": [], "after": ["all_reduce"]}
-    for steps in ranks.run(count, "ten", strategy, 1):
-        assert steps == [logged] * 3
-    for steps in ranks.run(count, "ten", strategy, 3):
-        assert steps == [silent, silent, logged]
+@pytest.mark.parametrize("log_every_n_steps", [1, 3])
+def test_ten_techniques_need_one_more_than_ddp_and_none_for_the_log(
+    ranks, strategy, log_every_n_steps
+):
+    one = {"forward": ["all_reduce"], "backward": [], "after": []}
+    for steps in ranks.run(count, "ten", strategy, log_every_n_steps):
+        assert steps == [one] * 3
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_penalties_on_weights_need_none(ranks, strategy):
     for steps in ranks.run(count, "weights", strategy, 50):
         assert steps == [{"forward": [], "backward": [], "after": []}] * 3
+
+
+def test_the_log_of_split_penalties_needs_one_if_nothing_else_goes_to_the_ranks(ranks):
+    for steps in ranks.run(count, "weights", "ddp_reg", 3):
+        assert [len(step["forward"]) for step in steps] == [0, 0, 0]
+        assert [len(step["after"]) for step in steps] == [0, 0, 1]
+
+
+def test_replicated_penalties_are_logged_without_any(ranks):
+    for steps in ranks.run(count, "weights", "ddp", 1):
+        assert all(step["after"] == [] for step in steps)
 
 
 def test_each_pass_over_the_batch_needs_one(ranks):
@@ -41,11 +52,13 @@ def test_each_pass_over_the_batch_needs_one(ranks):
 
 
 def test_gathers_are_the_price_of_joint_spectra_and_of_tables(ranks):
-    # Sizes and rows, and in backward the sum of what every rank says of them.
-    for step in ranks.run(count, "gathered", "ddp_reg", 50)[0]:
-        assert step["forward"] == ["all_gather", "all_gather", "all_reduce"]
-        assert step["backward"] == ["all_reduce"]
-    # Sizes, then positions and rows at once.
-    for step in ranks.run(count, "table", "ddp_reg", 50)[0]:
-        assert step["forward"] == ["all_gather", "all_gather", "all_reduce"]
-        assert step["backward"] == []
+    # One for the rows, and in backward the sum of what every rank says of them. The first step
+    # does not know yet how many rows there are.
+    spectra = ranks.run(count, "gathered", "ddp_reg", 50)[0]
+    assert [step["forward"].count("all_gather") for step in spectra] == [2, 1, 1]
+    assert all(step["forward"].count("all_reduce") == 1 for step in spectra)
+    assert all(step["backward"] == ["all_reduce"] for step in spectra)
+    # Positions and rows at once.
+    table = ranks.run(count, "table", "ddp_reg", 50)[0]
+    assert [step["forward"] for step in table[1:]] == [["all_gather", "all_reduce"]] * 2
+    assert all(step["backward"] == [] for step in table)

@@ -1,0 +1,63 @@
+"""What techniques log on several ranks is the mean over ranks, at whichever phase it is known."""
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_reg.engine import Regularizer
+from lightning_reg.engine.communicator import JointMean
+from lightning_reg.engine.technique import Semantics
+from lightning_reg.testing.ranks import rank_trainer
+from tests.engine.simple import INPUTS, LABELS, Host
+
+
+class Own(Regularizer):
+    """A value of each rank, r + 1, at every phase: a tenth of it before the loss is known."""
+
+    semantics: ClassVar[Semantics] = "local"
+
+    def transform_batch(self, step: Any) -> None:
+        step.log(self, 0.1 * (step.comm.rank + 1), "early")
+
+    def penalty(self, step: Any) -> Tensor:
+        return 0.0 * step.loss + (step.comm.rank + 1)
+
+    def edit_gradients(self, update: Any) -> Tensor:
+        return torch.tensor(10.0 * (update.comm.rank + 1))
+
+
+class Joint(Regularizer):
+    """A mean over samples of which rank r has r + 1, each worth r + 1."""
+
+    semantics: ClassVar[Semantics] = "global"
+
+    def penalty(self, step: Any) -> JointMean:
+        number = torch.tensor(step.comm.rank + 1.0)
+        return JointMean(number * number, number)
+
+
+def logged(strategy: str, accumulate: int) -> dict[str, float]:
+    run = rank_trainer(
+        strategy=strategy,
+        callbacks=[Own(1.0), Joint(1.0, name="joint")],
+        max_steps=2,
+        log_every_n_steps=1,
+        accumulate_grad_batches=accumulate,
+    )
+    data = torch.utils.data.TensorDataset(INPUTS, LABELS)
+    run.fit(Host(), torch.utils.data.DataLoader(data, batch_size=4))
+    return {key: float(value) for key, value in run.logged_metrics.items() if "reg/" in key}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_reg"])
+def test_values_of_every_phase_are_means_over_ranks(ranks, strategy, accumulate):
+    for found in ranks.run(logged, strategy, accumulate):
+        assert found.pop("reg/own_early") == pytest.approx(0.15)
+        # The penalty's 1.5 and the edit's 15 are two values of one key.
+        expected = (1.5 * accumulate + 15) / (accumulate + 1)
+        assert found.pop("reg/own") == pytest.approx(expected)
+        assert found.pop("reg/joint") == pytest.approx((1 + 4) / 3)
+        assert not found
