@@ -78,8 +78,11 @@ from lightning_reg.techniques.outputs.stable_max import StableMax as StableMax
 from lightning_reg.techniques.reparameterization.weight_compander import WeightCompander as WeightCompander
 from lightning_reg.techniques.reweighting.class_balanced_loss import ClassBalancedLoss as ClassBalancedLoss
 from lightning_reg.techniques.reweighting.dynamic_loss_reweighting import DynamicLossReweighting as DynamicLossReweighting
+from lightning_reg.techniques.reweighting.group_dro import GroupDRO as GroupDRO
+from lightning_reg.techniques.reweighting.kl_robust_reweighting import KLRobustReweighting as KLRobustReweighting
 from lightning_reg.techniques.reweighting.label_distribution_aware_margin import LabelDistributionAwareMargin as LabelDistributionAwareMargin
 from lightning_reg.techniques.reweighting.logit_adjusted_loss import LogitAdjustedLoss as LogitAdjustedLoss
+from lightning_reg.techniques.reweighting.worst_group_loss import WorstGroupLoss as WorstGroupLoss
 from lightning_reg.techniques.sharpness.adversarial_model_perturbation import AdversarialModelPerturbation as AdversarialModelPerturbation
 from lightning_reg.techniques.sharpness.sam import SAM as SAM
 from lightning_reg.techniques.sparsity.random_sparse_mask import RandomSparseMask as RandomSparseMask

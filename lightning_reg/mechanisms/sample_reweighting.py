@@ -6,8 +6,11 @@ the joint batch of all ranks. The mechanism takes care of
 - the losses: of each sample, detached, gathered over ranks before anything that is not linear,
   so that ranks with other samples agree on what is large; a sample of many terms (the tokens of
   a sequence, the pixels of an image) counts with their mean, and all of them get its weight;
+- groups, for techniques that weight by them (:class:`GroupReweighting`): they travel with the
+  losses;
 - the scale: weights have mean one over the joint batch, so that the learning rate keeps its
-  meaning; each rank takes its own of them, also where ranks have unequally many samples;
+  meaning, unless a technique's ``normalized`` says that their sum is part of its method; each
+  rank takes its own of them, also where ranks have unequally many samples;
 - the strength: the share of the weighted loss, the rest stays the plain mean;
 - a loss that is not finite on any rank: weights of one for that batch on all;
 - the log: the effective sample size, ``(sum w)^2 / sum w^2``, as a share of the batch.
@@ -21,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_reg.engine import Regularizer, Schedule, Signals, Step
+from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Signals, Step
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.loss_replacement import Replaces, check_replaces
@@ -43,6 +46,7 @@ class SampleReweighting(Regularizer):
     reads: ClassVar[frozenset[str]] = frozenset({"losses"})
     writes: ClassVar[frozenset[str]] = frozenset({"losses"})
     exclusive: ClassVar[frozenset[str]] = frozenset({"reweighting"})
+    normalized: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -70,14 +74,99 @@ class SampleReweighting(Regularizer):
         sample = _sample_of(step.targets, classes, len(losses), losses.device)
         own = _means(losses, sample)
         rank = torch.full_like(own, step.comm.rank)
-        joint = step.comm.gather(torch.stack([own, rank], dim=1))
-        weights = _of_mean_one(self.weights(step, joint[:, 0]))
+        columns = [own, rank, *self._companions(step, len(own))]
+        joint = step.comm.gather(torch.stack([c.to(own) for c in columns], dim=1))
+        weights = self._weights(step, joint)
         if not step.is_rerun:
             effective = weights.sum().square() / (len(weights) * weights.square().sum())
             step.log(self, effective, joint=True)
         share = step.strength(self)
         weights = 1 + share * (weights[joint[:, 1] == step.comm.rank] - 1)
         return weights if sample is None else weights[sample]
+
+    def _companions(self, step: Step, samples: int) -> list[Tensor]:
+        """Further numbers (samples,) of this rank's samples that go to all ranks."""
+        return []
+
+    def _found(self, step: Step, joint: Tensor) -> Tensor:
+        return self.weights(step, joint[:, 0])
+
+    def _weights(self, step: Step, joint: Tensor) -> Tensor:
+        """Weights of the joint batch; of one each if a loss is not finite."""
+        ones = torch.ones_like(joint[:, 0])
+        if not bool(torch.isfinite(joint[:, 0]).all()):
+            return ones
+        weights = self._found(step, joint)
+        weights = weights / weights.mean() if self.normalized else weights
+        # 0 / 0: no sample is better than another.
+        return torch.where(torch.isfinite(weights).all(), weights, ones)
+
+
+class GroupReweighting(SampleReweighting):
+    """Base of techniques that weight samples by the losses of their groups.
+
+    Args:
+        strength: the share of the weighted loss, in [0, 1]; the rest is the plain mean.
+        num_groups: the groups are 0 to ``num_groups - 1``.
+        replaces: what the weighted cross-entropy replaces of the user's loss.
+        signals: where ``domain`` (the group of each sample), logits and labels are.
+        name: the name in logs and checkpoints.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("logits", "targets", "domain")
+    normalized: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        strength: float | Schedule = 1.0,
+        *,
+        num_groups: int,
+        replaces: Replaces = "cross_entropy",
+        signals: Signals | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(strength, replaces=replaces, signals=signals, name=name)
+        cure = f"{type(self).__name__}(num_groups=4)"
+        check_range(self, "num_groups", num_groups, 1, cure=cure)
+        self.num_groups = num_groups
+
+    @abstractmethod
+    def group_weights(self, step: Step, losses: Tensor, counts: Tensor) -> Tensor:
+        """The factor (G,) of each group's mean loss; their weighted sum is the loss.
+
+        Args:
+            step: the micro-batch.
+            losses: (G,) the mean loss of each group over all ranks; 0 for one without samples.
+            counts: (G,) the number of its samples on all ranks.
+        """
+
+    def weights(self, step: Step, losses: Tensor) -> Tensor:
+        """Not asked: the groups are needed as well."""
+        raise NotImplementedError
+
+    def _companions(self, step: Step, samples: int) -> list[Tensor]:
+        domain = torch.as_tensor(step.domain).reshape(-1)
+        if len(domain) != samples:
+            raise RegularizationError(
+                self,
+                f"needs the group of each of {samples} samples, got {len(domain)}",
+                cure='signals=Signals(domain="batch.group")',
+            )
+        return [domain]
+
+    def _found(self, step: Step, joint: Tensor) -> Tensor:
+        losses, groups = joint[:, 0], joint[:, 2].long()
+        low, high = (int(v) for v in torch.aminmax(groups))
+        if low < 0 or high >= self.num_groups:
+            raise RegularizationError(
+                self,
+                f"knows groups 0 to {self.num_groups - 1}, got {low if low < 0 else high}",
+                cure=f"{type(self).__name__}(num_groups=<the number of groups>)",
+            )
+        counts = torch.bincount(groups, minlength=self.num_groups).to(losses)
+        sums = losses.new_zeros(self.num_groups).index_add_(0, groups, losses)
+        factors = self.group_weights(step, sums / counts.clamp_min(1), counts)
+        return (factors / counts.clamp_min(1))[groups] * len(losses)
 
 
 def _sample_of(targets: Tensor, classes: int, rows: int, device: torch.device) -> Tensor | None:
@@ -101,10 +190,4 @@ def _means(losses: Tensor, sample: Tensor | None) -> Tensor:
     return losses.new_zeros(len(counts)).index_add_(0, sample, losses) / counts
 
 
-def _of_mean_one(weights: Tensor) -> Tensor:
-    weights = weights / weights.mean()
-    # 0 / 0, or a loss that is not finite: no sample is better than another.
-    return torch.where(torch.isfinite(weights).all(), weights, torch.ones_like(weights))
-
-
-__all__ = ["SampleReweighting"]
+__all__ = ["GroupReweighting", "SampleReweighting"]
