@@ -1,24 +1,28 @@
-"""Metrics whose state has a fixed size, adds up over batches and ranks, and is exact."""
+"""Metrics over the rows of predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_reg.metrics.inputs import Rows, Task, check_arguments, high_precision, read_rows
+from lightning_reg.metrics.additive import AdditiveMetric
+from lightning_reg.metrics.inputs import (
+    TASKS,
+    AnyTask,
+    Rows,
+    check_arguments,
+    high_precision,
+    read_blocks,
+)
 
 
-class ExactMetric(Metric):
+class ExactMetric(AdditiveMetric):
     """Base of metrics over the rows of predictions.
 
-    A subclass adds states with :meth:`add_count` and :meth:`add_total`, adds a batch to them in
-    :meth:`accumulate`, and reads them in :meth:`value`. Counts are int64 and sums float64, which
-    MPS does not have: moved there, sums go on in float32 and are exact to its rounding.
+    A subclass adds states with :meth:`add_count` and :meth:`add_total`, adds rows to them in
+    :meth:`accumulate`, which is called for one cache-sized block of a batch after the other, and
+    reads them in :meth:`value`.
 
     Args:
         from_logits: whether predictions are logits (``True``) or probabilities.
@@ -29,48 +33,27 @@ class ExactMetric(Metric):
         kwargs: those of ``torchmetrics.Metric``.
     """
 
-    is_differentiable = False
-    higher_is_better: bool | None = None
-    full_state_update = False
-    invalid: Tensor
+    tasks: ClassVar[tuple[str, ...]] = TASKS
 
     def __init__(
         self,
         *,
         from_logits: bool,
-        task: Task = "multiclass",
+        task: AnyTask = "multiclass",
         ignore_index: int | None = None,
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_arguments(self, task, from_logits)
+        check_arguments(self, task, from_logits, self.tasks)
         self.from_logits = from_logits
-        self.task: Task = task
+        self.task: AnyTask = task
         self.ignore_index = ignore_index
         self.validate_args = validate_args
-        self.add_count("invalid")
-
-    def add_count(self, name: str, *shape: int) -> None:
-        """A state of int64 counts: float32 counts stop at 2^24."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def add_total(self, name: str, *shape: int) -> None:
-        """A state of float64 sums."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def accumulate(self, rows: Rows) -> None:
-        """Add a batch to the states, out of place: they may belong to inference mode."""
+        """Add to the states, in place if you like: rows that come in blocks make up a batch."""
         raise NotImplementedError
-
-    def value(self) -> Tensor:
-        """The result from the states as they are: of all ranks only within ``sync_context()``."""
-        raise NotImplementedError
-
-    def compute(self) -> Tensor:
-        """The result over everything that was counted, on all ranks."""
-        self.warn_of_invalid()
-        return self.value()
 
     def update(self, preds: Tensor, target: Tensor | None = None) -> None:
         """Count one batch.
@@ -82,7 +65,7 @@ class ExactMetric(Metric):
         Raises:
             ArgumentError: if shapes or values are not those of the task.
         """
-        rows = read_rows(
+        blocks = read_blocks(
             self,
             preds,
             target,
@@ -91,28 +74,9 @@ class ExactMetric(Metric):
             ignore_index=self.ignore_index,
             validate=self.validate_args,
         )
-        self.invalid = self.invalid + rows.invalid
-        self.accumulate(rows)
-
-    def warn_of_invalid(self) -> None:
-        """Say how many rows were left out because they held NaN or infinity."""
-        if int(self.invalid):
-            rank_zero_warn(
-                f"{type(self).__name__}: {int(self.invalid)} predictions held NaN or infinity "
-                "and were left out."
-            )
-
-    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Any:
-        try:
-            return super()._apply(fn, exclude_state)
-        except TypeError as error:
-            if "float64" not in str(error):
-                raise
-            for name, default in self._defaults.items():
-                if isinstance(default, Tensor) and default.dtype == torch.float64:
-                    self._defaults[name] = default.float()
-                    setattr(self, name, getattr(self, name).float())
-            return super()._apply(fn, exclude_state)
+        for rows in blocks:
+            self.invalid += rows.invalid
+            self.accumulate(rows)
 
 
 class MeanMetric(ExactMetric):
@@ -139,7 +103,7 @@ class MeanMetric(ExactMetric):
         raise NotImplementedError
 
     def accumulate(self, rows: Rows) -> None:
-        """Add the batch's sum and count."""
+        """Add the sum and the count."""
         values = high_precision(self.values(rows.scores, rows.targets))
         self.total = self.total + values.sum().to(self.total)
         self.count = self.count + values.numel()
