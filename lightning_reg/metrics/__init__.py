@@ -1,17 +1,57 @@
 """Tracked quantities as torchmetrics, with functional twins."""
 
-from lightning_reg.metrics.by_group import ByGroup, by_group
+from lightning_reg.metrics.by_group import (
+    ByGroup,
+    by_group,
+)
 from lightning_reg.metrics.calibration import (
     CalibrationError,
     ReliabilityBins,
     calibration_error,
 )
-from lightning_reg.metrics.entropy import PredictiveEntropy, predictive_entropy
+from lightning_reg.metrics.class_entropy import (
+    ClassEntropy,
+    MarginalEntropy,
+    class_entropy,
+    marginal_entropy,
+)
+from lightning_reg.metrics.entropy import (
+    PredictiveEntropy,
+    predictive_entropy,
+)
+from lightning_reg.metrics.entropy_separation import (
+    EntropyHistogram,
+    EntropySeparation,
+    draw_entropies,
+    entropy_separation,
+)
 from lightning_reg.metrics.equal_mass import (
     EqualMassCalibrationError,
     SweepCalibrationError,
     equal_mass_calibration_error,
     sweep_calibration_error,
+)
+from lightning_reg.metrics.gaussian_scores import (
+    GaussianCRPS,
+    GaussianNLL,
+    Sharpness,
+    gaussian_crps,
+    gaussian_nll,
+    sharpness,
+)
+from lightning_reg.metrics.information import (
+    ConditionalEntropy,
+    LabelInformation,
+    conditional_entropy,
+    label_information,
+)
+from lightning_reg.metrics.intervals import (
+    IntervalCoverage,
+    IntervalWidth,
+    gaussian_interval,
+    gaussian_quantiles,
+    interval_coverage,
+    interval_width,
 )
 from lightning_reg.metrics.kernel_calibration import (
     KernelDensityCalibrationError,
@@ -31,7 +71,34 @@ from lightning_reg.metrics.likelihood import (
     expected_accuracy,
     negative_log_likelihood,
 )
-from lightning_reg.metrics.reliability import draw_reliability
+from lightning_reg.metrics.members import (
+    EnsembleEntropy,
+    ExpectedEntropy,
+    MutualInformation,
+    VariationRatio,
+    ensemble_entropy,
+    expected_entropy,
+    mutual_information,
+    variation_ratio,
+)
+from lightning_reg.metrics.pit import (
+    PITHistogram,
+    pit_discrepancy,
+)
+from lightning_reg.metrics.quantiles import (
+    QuantileCalibrationError,
+    quantile_calibration_error,
+)
+from lightning_reg.metrics.regression_calibration import (
+    ExpectedNormalizedCalibrationError,
+    UncertaintyBins,
+    UncertaintyCalibrationError,
+    expected_normalized_calibration_error,
+    uncertainty_calibration_error,
+)
+from lightning_reg.metrics.reliability import (
+    draw_reliability,
+)
 from lightning_reg.metrics.risk_coverage import (
     CoverageAtRisk,
     RiskAtCoverage,
@@ -60,38 +127,79 @@ __all__ = [
     "AURC",
     "ByGroup",
     "CalibrationError",
+    "ClassEntropy",
+    "ConditionalEntropy",
     "CoverageAtRisk",
+    "EnsembleEntropy",
+    "EntropyHistogram",
+    "EntropySeparation",
     "EqualMassCalibrationError",
     "ExcessAURC",
     "ExpectedAccuracy",
+    "ExpectedEntropy",
+    "ExpectedNormalizedCalibrationError",
+    "GaussianCRPS",
+    "GaussianNLL",
+    "IntervalCoverage",
+    "IntervalWidth",
     "KernelDensityCalibrationError",
     "KolmogorovSmirnovCalibrationError",
     "KuiperCalibrationError",
+    "LabelInformation",
+    "MarginalEntropy",
     "MaximumMeanCalibrationError",
+    "MutualInformation",
     "NegativeLogLikelihood",
+    "PITHistogram",
     "PredictiveEntropy",
+    "QuantileCalibrationError",
     "ReliabilityBins",
     "RiskAtCoverage",
+    "Sharpness",
     "SmoothCalibrationError",
     "SquaredKernelCalibrationError",
     "SweepCalibrationError",
+    "UncertaintyBins",
+    "UncertaintyCalibrationError",
+    "VariationRatio",
     "augrc",
     "aurc",
     "by_group",
     "calibration_error",
+    "class_entropy",
+    "conditional_entropy",
     "coverage_at_risk",
+    "draw_entropies",
     "draw_reliability",
+    "ensemble_entropy",
+    "entropy_separation",
     "equal_mass_calibration_error",
     "excess_aurc",
     "expected_accuracy",
+    "expected_entropy",
+    "expected_normalized_calibration_error",
+    "gaussian_crps",
+    "gaussian_interval",
+    "gaussian_nll",
+    "gaussian_quantiles",
+    "interval_coverage",
+    "interval_width",
     "kernel_density_calibration_error",
     "kolmogorov_smirnov_calibration_error",
     "kuiper_calibration_error",
+    "label_information",
+    "marginal_entropy",
     "maximum_mean_calibration_error",
+    "mutual_information",
     "negative_log_likelihood",
+    "pit_discrepancy",
     "predictive_entropy",
+    "quantile_calibration_error",
     "risk_at_coverage",
+    "sharpness",
     "smooth_calibration_error",
     "squared_kernel_calibration_error",
     "sweep_calibration_error",
+    "uncertainty_calibration_error",
+    "variation_ratio",
 ]
