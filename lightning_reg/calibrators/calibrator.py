@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import ArgumentError, RegularizationError
 from lightning_reg.engine.paper import Paper
-from lightning_reg.metrics.inputs import TASKS, Task, high_precision, read_rows
+from lightning_reg.metrics.inputs import Task, high_precision, read_rows
 
 # The smallest distance to 0 and 1 that a calibrated probability keeps, so that logits are finite.
 FLOOR = torch.finfo(torch.float64).eps
@@ -42,7 +42,7 @@ class Calibrator(nn.Module):
     """
 
     papers: ClassVar[tuple[Paper, ...]] = ()
-    tasks: ClassVar[tuple[Task, ...]] = TASKS
+    tasks: ClassVar[tuple[Task, ...]] = ("binary", "multiclass")
 
     def __init__(
         self, *, task: Task = "multiclass", ignore_index: int | None = None, class_dim: int = 1

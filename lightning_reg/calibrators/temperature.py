@@ -187,7 +187,8 @@ def _root(data: _HeldOut, low: float, high: float) -> float:
         if not low < x + step < high or abs(step) > last / 2:
             step = (low + high) / 2 - x
         x, last = x + step, abs(step)
-        if last <= 1e-15 * max(1.0, abs(x)):
+        # The error after a Newton step is of the order of the square of the step.
+        if last <= 1e-11:
             break
     return x
 

@@ -8,6 +8,7 @@ import scipy.optimize
 import scipy.special
 import torch
 
+from lightning_reg.calibrators import temperature
 from lightning_reg.calibrators.temperature import TemperatureScaling, fit_temperature
 from lightning_reg.engine import ArgumentError, RegularizationError
 from lightning_reg.engine.communicator import Communicator
@@ -174,3 +175,24 @@ def test_a_distorted_model_gets_its_calibration_back():
     # The perfect model's own error is sampling noise: about 0.01 at 10,000 samples and 15 bins.
     assert ece(2.5 * true[other]) > 0.15
     assert ece(scaling.calibrate(2.5 * true[other])) < ece(true[other]) + 0.005
+
+
+def test_one_row_of_huge_logits_hides_nothing_of_the_others():
+    # Its distances set the unit: without the second word sums would be off by 2^-50 units a row.
+    logits = torch.cat([LOGITS, 1e12 * torch.eye(6, dtype=torch.float64)[:1]])
+    labels = torch.cat([LABELS, torch.tensor([0])])
+    expected = fit_temperature(LOGITS, LABELS)
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_few_newton_steps_are_enough(monkeypatch):
+    steps = []
+    original = temperature._HeldOut.slope_and_curvature
+
+    def counted(self, inverse):
+        steps.append(inverse)
+        return original(self, inverse)
+
+    monkeypatch.setattr(temperature._HeldOut, "slope_and_curvature", counted)
+    fit_temperature(3 * LOGITS, LABELS)
+    assert len(steps) < 12
