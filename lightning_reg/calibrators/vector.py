@@ -77,9 +77,9 @@ class VectorScaling(GatheredCalibrator):
             return value, torch.cat([(by_output * x).sum(0), by_output.sum(0)])
 
         found = minimize(self, objective, torch.cat([x.new_ones(classes), x.new_zeros(classes)]))
-        bias = found[classes:]
         self.weight = (found[:classes] * scale).to(self.weight)
-        self.bias = (bias - bias.mean() if classes > 1 else bias).to(self.bias)
+        # Gradients by the offsets sum to 0 over classes, so the offsets keep their sum of 0.
+        self.bias = found[classes:].to(self.bias)
 
     def map_rows(self, scores: Tensor) -> Tensor:
         """``w * z + b``."""
