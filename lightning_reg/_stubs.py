@@ -21,7 +21,12 @@ _ENGINE = (
 
 def top_level() -> str:
     """The stub of ``lightning_reg``."""
-    found = [*catalogue.techniques(), *catalogue.metrics(), *catalogue.monitors()]
+    found = [
+        *catalogue.techniques(),
+        *catalogue.metrics(),
+        *catalogue.calibrators(),
+        *catalogue.monitors(),
+    ]
     return _stub({c.__name__: c for c in found} | _engine_names()) + "\n__version__: str\n"
 
 

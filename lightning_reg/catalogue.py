@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
+from lightning_reg import calibrators as _calibrators
 from lightning_reg import metrics as _metrics
 from lightning_reg import monitors as _monitors
 from lightning_reg import techniques as _techniques
@@ -25,13 +26,14 @@ _MECHANISMS = "lightning_reg.mechanisms."
 
 @dataclass(frozen=True)
 class Entry:
-    """One technique or metric.
+    """One technique, metric or calibrator.
 
     Attributes:
         name: its class, importable from ``lightning_reg``.
         family: the folder that it lives in.
         mechanism: its way of acting; ``None`` for mixins and metrics that have none.
-        kinds: how it can be used: ``"callback"``, ``"mixin"``, ``"function"``, ``"metric"``.
+        kinds: how it can be used: ``"callback"``, ``"mixin"``, ``"function"``, ``"metric"``,
+            ``"calibrator"``.
         papers: what it implements.
         function: the name of its function in ``lightning_reg.functional``.
         signals: what it needs from the training step.
@@ -88,10 +90,17 @@ def monitors() -> list[type[Any]]:
     return _classes(_monitors, Callback)
 
 
+def calibrators() -> list[type[Any]]:
+    """Every post-hoc calibrator, by name."""
+    from lightning_reg.calibrators.calibrator import Calibrator
+
+    return _classes(_calibrators, Calibrator)
+
+
 def functions() -> dict[str, Callable[..., Any]]:
-    """The public functions of techniques and metrics, by name."""
+    """The public functions of techniques, metrics and calibrators, by name."""
     found = {}
-    for module in [*_modules(_techniques), *_modules(_metrics)]:
+    for module in [*_modules(_techniques), *_modules(_metrics), *_modules(_calibrators)]:
         for name in getattr(module, "__all__", ()):
             value = getattr(module, name)
             if inspect.isfunction(value) and value.__module__ == module.__name__:
@@ -100,18 +109,21 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 def entries() -> list[Entry]:
-    """Techniques and metrics as the command line lists them."""
-    found = [_entry(c) for c in techniques()] + [_metric_entry(c) for c in metrics()]
+    """Techniques, metrics and calibrators as the command line lists them."""
+    found = [_entry(c) for c in techniques()]
+    found += [_plain_entry(c, "metric") for c in metrics()]
+    found += [_plain_entry(c, "calibrator") for c in calibrators()]
     return sorted(found, key=lambda e: (e.family, e.name))
 
 
 def find(name: str) -> type[Any]:
-    """A technique, metric or monitor by its class name, in any case.
+    """A technique, metric, calibrator or monitor by its class name, in any case.
 
     Raises:
         ArgumentError: if there is none; the message holds the nearest names.
     """
-    known = {c.__name__: c for c in [*techniques(), *metrics(), *monitors()]}
+    classes = [*techniques(), *metrics(), *calibrators(), *monitors()]
+    known = {c.__name__: c for c in classes}
     lower = {key.lower(): key for key in known}
     if name.lower() in lower:
         return known[lower[name.lower()]]
@@ -141,13 +153,13 @@ def _entry(cls: type[Technique]) -> Entry:
     )
 
 
-def _metric_entry(cls: type[Any]) -> Entry:
+def _plain_entry(cls: type[Any], kind: str) -> Entry:
     function = getattr(cls, "function", None)
     return Entry(
         name=cls.__name__,
-        family="metrics",
+        family=f"{kind}s",
         mechanism=None,
-        kinds=("metric",) + (("function",) if function is not None else ()),
+        kinds=(kind,) + (("function",) if function is not None else ()),
         papers=getattr(cls, "papers", ()),
         function=getattr(function, "__name__", None),
         signals=(),

@@ -21,7 +21,8 @@ ALLOWED = {
     "metrics": {"metrics", "engine"},
     "mechanisms": {"mechanisms", "engine"},
     "techniques": {"mechanisms", "engine"},
-    "monitors": {"monitors", "metrics", "engine"},
+    "calibrators": {"calibrators", "metrics", "engine"},
+    "monitors": {"monitors", "calibrators", "metrics", "engine"},
     "strategies": {"strategies", "engine"},
 }
 

@@ -204,7 +204,8 @@ def gather_together(gather: Callable[[Tensor], Tensor], *tensors: Tensor) -> lis
 
 
 def _positive(count: Tensor) -> Tensor:
-    return count.clamp_min(torch.finfo(count.dtype).tiny)
+    # Not a tiny number: where all weights are 0, its inverse overflows in the gradient to NaN.
+    return count.where(count > 0, torch.ones_like(count))
 
 
 class _Gather(torch.autograd.Function):

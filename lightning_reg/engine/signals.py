@@ -112,6 +112,16 @@ def logits_of(output: Any) -> Tensor | None:
     return None
 
 
+def replace_logits(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A shallow copy of what a module returned, with its logits changed; ``None`` without any."""
+    if isinstance(output, Tensor):
+        return change(output) if output.is_floating_point() else None
+    for key in _LOGIT_KEYS:
+        if _has(output, key):
+            return write_path(output, key, change(_read_part(output, key)))
+    return None
+
+
 class SignalReader:
     """Finds the signals of one step for one technique."""
 

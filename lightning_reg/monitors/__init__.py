@@ -2,5 +2,6 @@
 
 from lightning_reg.monitors.calibration import CalibrationMonitor
 from lightning_reg.monitors.monitor import Monitor
+from lightning_reg.monitors.post_hoc_calibration import PostHocCalibration
 
-__all__ = ["CalibrationMonitor", "Monitor"]
+__all__ = ["CalibrationMonitor", "Monitor", "PostHocCalibration"]

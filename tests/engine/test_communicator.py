@@ -173,3 +173,9 @@ def test_a_failing_rank_is_reported_and_the_pair_recovers(ranks):
     with pytest.raises(RankError, match="on purpose"):
         ranks.run(fails_on_one)
     assert ranks.run(flags_and_extremes)[0][0]
+
+
+def test_a_mean_whose_weights_are_all_zero_is_zero_and_so_is_its_gradient():
+    values = torch.ones(3, requires_grad=True)
+    (100 * Communicator().mean(values, torch.zeros(3))).backward()
+    assert torch.equal(values.grad, torch.zeros(3))
