@@ -22,7 +22,9 @@ The mechanism takes care of
   the gradients;
 - the log, which shows the sum over weights without the strength.
 
-A technique whose closed form keeps a state for each weight sets ``splits = False``.
+A technique whose closed form keeps a state for each weight sets ``splits = False``. One that needs
+more than a matrix (a stride, a bias, the name) derives from :class:`NamedPenalty`, the part of the
+mechanism that knows nothing of matrices.
 """
 
 from __future__ import annotations
@@ -42,11 +44,10 @@ from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.selected_weights import SelectedWeights
 
 Mode = Literal["gradient", "loss"]
-_MODES = ("gradient", "loss")
 
 
-class WeightPenalty(SelectedWeights):
-    """Base of penalties that are a sum over weights.
+class NamedPenalty(SelectedWeights):
+    """Base of penalties on weights that are known by their names.
 
     Args:
         strength: the multiplier.
@@ -62,31 +63,34 @@ class WeightPenalty(SelectedWeights):
     reads: ClassVar[frozenset[str]] = frozenset({"weights"})
     writes: ClassVar[frozenset[str]] = frozenset({"gradients"})
     splits: ClassVar[bool] = True
+    modes: ClassVar[tuple[str, ...]] = ("gradient", "loss")
 
     def __init__(
         self,
         strength: float | Schedule,
         *,
         parameters: str | ParameterSelection | None = None,
-        mode: Mode = "gradient",
+        mode: str = "gradient",
         name: str | None = None,
     ) -> None:
         super().__init__(strength, parameters=parameters, name=name)
-        if mode not in _MODES:
+        if mode not in self.modes:
             raise ArgumentError(
                 self,
-                f"`mode` must be one of {', '.join(_MODES)}, got {mode!r}",
+                f"`mode` must be one of {', '.join(self.modes)}, got {mode!r}",
                 cure=f'{type(self).__name__}(mode="gradient")',
             )
         self.mode = mode
 
     @abstractmethod
-    def values(self, matrices: Sequence[Tensor]) -> Tensor:
-        """The penalty (N,) of each of N matrices (out, in), differentiable."""
+    def values_of(self, context: RunContext, weights: Mapping[str, nn.Parameter]) -> Tensor:
+        """The penalties (N,) of some of the weights, differentiable."""
 
     @abstractmethod
-    def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The penalties (N,) and their gradients, of the shapes of the matrices."""
+    def closed_form_of(
+        self, context: RunContext, weights: Mapping[str, nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The penalties (N,), and the gradient by each weight, of its shape."""
 
     def cost(self, weight: Tensor) -> float:
         """The relative cost of one weight, for sharing the work out over ranks."""
@@ -102,7 +106,7 @@ class WeightPenalty(SelectedWeights):
             return None
         weights = {n: w for n, w in self.selected(step).items() if w.requires_grad}
         share = step.share(weights, self.cost)
-        value = self.values(self._matrices(step, share.own)).sum() if share.own else _zero(step)
+        value = self.values_of(step, share.own).sum() if share.own else _zero(step)
         return share.whole(value) if weights else None
 
     def parameter_gradient(self, update: ParameterUpdate) -> Tensor | None:
@@ -117,19 +121,59 @@ class WeightPenalty(SelectedWeights):
     def _add_gradients(
         self, update: ParameterUpdate, weights: Mapping[str, nn.Parameter]
     ) -> Tensor:
-        values, gradients = self.closed_form(self._matrices(update, weights))
-        shaped = [
-            _as_weight(gradient, weight, _transposed_groups(update.module, name))
-            for gradient, (name, weight) in zip(gradients, weights.items(), strict=True)
-        ]
-        update.add_gradients(self, list(weights.values()), shaped)
+        values, gradients = self.closed_form_of(update, weights)
+        update.add_gradients(self, list(weights.values()), gradients)
         return values.sum()
 
-    def _matrices(self, context: RunContext, weights: Mapping[str, nn.Parameter]) -> list[Tensor]:
-        return [
-            full_precision(_as_matrix(whole(weight), _transposed_groups(context.module, name)))
-            for name, weight in weights.items()
-        ]
+
+class WeightPenalty(NamedPenalty):
+    """Base of penalties that are a sum over weights, each of them as a matrix.
+
+    Args:
+        strength: the multiplier.
+        parameters: a regular expression on parameter names, or a :class:`ParameterSelection`;
+            ``None`` takes the weights of all linear and convolutional layers.
+        mode: ``"gradient"`` adds the closed-form gradient once per optimizer step; ``"loss"``
+            adds the value to the loss of every micro-batch.
+        name: the name in logs and checkpoints.
+    """
+
+    @abstractmethod
+    def values(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The penalty (N,) of each of N matrices (out, in), differentiable."""
+
+    @abstractmethod
+    def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The penalties (N,) and their gradients, of the shapes of the matrices."""
+
+    def values_of(self, context: RunContext, weights: Mapping[str, nn.Parameter]) -> Tensor:
+        """The penalty of each weight."""
+        return self.values(as_matrices(context.module, weights))
+
+    def closed_form_of(
+        self, context: RunContext, weights: Mapping[str, nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The penalty and the gradient of each weight."""
+        values, gradients = self.closed_form(as_matrices(context.module, weights))
+        return values, as_weights(context.module, weights, gradients)
+
+
+def as_matrices(module: nn.Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Whole weights as matrices (out, in), in float32 at least; gradients pass."""
+    return [
+        full_precision(_as_matrix(whole(weight), _transposed_groups(module, name)))
+        for name, weight in weights.items()
+    ]
+
+
+def as_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], matrices: Sequence[Tensor]
+) -> list[Tensor]:
+    """Matrices in the shapes of the weights that they belong to."""
+    return [
+        _as_weight(matrix, weight, _transposed_groups(module, name))
+        for matrix, (name, weight) in zip(matrices, weights.items(), strict=True)
+    ]
 
 
 def _zero(context: RunContext) -> Tensor:
@@ -161,4 +205,4 @@ def _as_weight(matrix: Tensor, weight: Tensor, transposed_groups: int = 0) -> Te
     return grouped.transpose(1, 2).flatten(0, 1)
 
 
-__all__ = ["Mode", "WeightPenalty"]
+__all__ = ["Mode", "NamedPenalty", "WeightPenalty", "as_matrices", "as_weights"]
