@@ -2,5 +2,6 @@
 
 from lightning_reg.monitors.calibration import CalibrationMonitor
 from lightning_reg.monitors.monitor import Monitor
+from lightning_reg.monitors.sharpness import SharpnessMonitor
 
-__all__ = ["CalibrationMonitor", "Monitor"]
+__all__ = ["CalibrationMonitor", "Monitor", "SharpnessMonitor"]
