@@ -39,6 +39,11 @@ from lightning_reg.metrics.gaussian_scores import (
     gaussian_nll,
     sharpness,
 )
+from lightning_reg.metrics.hessian import (
+    hessian_eigenvalues,
+    hessian_spectrum,
+    hessian_trace,
+)
 from lightning_reg.metrics.information import (
     ConditionalEntropy,
     LabelInformation,
@@ -113,6 +118,10 @@ from lightning_reg.metrics.selective import (
     aurc,
     excess_aurc,
 )
+from lightning_reg.metrics.sharpness import (
+    HessianTopEigenvalue,
+    HessianTrace,
+)
 from lightning_reg.metrics.smooth_calibration import (
     SmoothCalibrationError,
     smooth_calibration_error,
@@ -140,6 +149,8 @@ __all__ = [
     "ExpectedNormalizedCalibrationError",
     "GaussianCRPS",
     "GaussianNLL",
+    "HessianTopEigenvalue",
+    "HessianTrace",
     "IntervalCoverage",
     "IntervalWidth",
     "KernelDensityCalibrationError",
@@ -182,6 +193,9 @@ __all__ = [
     "gaussian_interval",
     "gaussian_nll",
     "gaussian_quantiles",
+    "hessian_eigenvalues",
+    "hessian_spectrum",
+    "hessian_trace",
     "interval_coverage",
     "interval_width",
     "kernel_density_calibration_error",

@@ -1,7 +1,21 @@
 """Callbacks that own metrics and draw."""
 
-from lightning_reg.monitors.calibration import CalibrationMonitor
-from lightning_reg.monitors.monitor import Monitor
-from lightning_reg.monitors.post_hoc_calibration import PostHocCalibration
+from lightning_reg.monitors.calibration import (
+    CalibrationMonitor,
+)
+from lightning_reg.monitors.monitor import (
+    Monitor,
+)
+from lightning_reg.monitors.post_hoc_calibration import (
+    PostHocCalibration,
+)
+from lightning_reg.monitors.sharpness import (
+    SharpnessMonitor,
+)
 
-__all__ = ["CalibrationMonitor", "Monitor", "PostHocCalibration"]
+__all__ = [
+    "CalibrationMonitor",
+    "Monitor",
+    "PostHocCalibration",
+    "SharpnessMonitor",
+]
