@@ -33,7 +33,7 @@ from lightning_reg.engine.random import base_seed, rng_state, stream
 from lightning_reg.engine.regularizer import (
     Regularizer,
 )
-from lightning_reg.engine.rerun import replayed_rng, without_trace
+from lightning_reg.engine.rerun import replayed_rng, second_pass, without_trace
 from lightning_reg.engine.resume import checked_load
 from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.sharding import gather_weights, put_weights_away, shards_weights
@@ -78,7 +78,6 @@ class TrainingStepPipeline:
         self._holds_weights = False
         self._applied_checked = False
         self._split: list[Regularizer] = []
-        self._replay: dict[int, tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     # ------------------------------------------------------------------ life
 
@@ -135,7 +134,6 @@ class TrainingStepPipeline:
         for technique in self.plan.techniques:
             technique._pipeline = None
         self._capture.detach()
-        self._replay.clear()
         while self._ready:
             self._ready.pop().on_fit_close(self.trainer, self.module)
         while self._patches:
@@ -161,7 +159,7 @@ class TrainingStepPipeline:
         shared = self._shared_gradients()
         replayed = self._members("perturb", active)
         if replayed:
-            self._remember(step, original, args, kwargs)
+            step.replay = (rng_state(self._devices()), original, args, kwargs)
         total = self._evaluate(step, active, original, args, kwargs)
         if total is None:
             self._split = []
@@ -196,16 +194,27 @@ class TrainingStepPipeline:
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Phases 2 to 4: the loss that is to be differentiated, or None if there is none."""
-        with ExitStack() as stack:
-            for technique in self._members("forward_context", active):
-                stack.enter_context(technique.forward_context(step.asked_by(technique)))
-            step.records = stack.enter_context(self._capture.recording())
-            step.outputs = original(step.batch, *args, **kwargs)
+        self._forward(step, active, original, args, kwargs)
         loss = loss_of(step.outputs)
         if loss is None or not self.module.automatic_optimization:
             return None
         step.loss = loss
         return self._regularized(step, active)
+
+    def _forward(
+        self,
+        step: Step,
+        active: Sequence[Regularizer],
+        original: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Phase 2."""
+        with ExitStack() as stack:
+            for technique in self._members("forward_context", active):
+                stack.enter_context(technique.forward_context(step.asked_by(technique)))
+            step.records = stack.enter_context(self._capture.recording())
+            step.outputs = original(step.batch, *args, **kwargs)
 
     def _regularized(self, step: Step, active: Sequence[Regularizer]) -> Tensor:
         """Phases 3 and 4."""
@@ -235,28 +244,25 @@ class TrainingStepPipeline:
         self.applied.update(t.name for t in active)
         return self._regularized(step, active)
 
-    def rerun(self, step: Step) -> Tensor:
+    def rerun(self, step: Step, read: Callable[[], Tensor] | None = None) -> Tensor:
         """Phases 2 to 4 of ``step`` once more, without a trace; see :meth:`Step.rerun`."""
-        state, original, args, kwargs = self._replay[id(step)]
-        outputs, loss, records = step.outputs, step.loss, step.records
-        distribution = step.target_distribution
-        step.is_rerun = True
-        try:
-            with without_trace(self.module), replayed_rng(state, self._devices()):
-                total = self._evaluate(step, self._active(step), original, args, kwargs)
-        finally:
-            step.is_rerun = False
-            step.outputs, step.loss, step.records = outputs, loss, records
-            step.target_distribution = distribution
+        assert step.replay is not None
+        state, *call = step.replay
+        active = self._active(step)
+        with (
+            second_pass(step),
+            without_trace(self.module),
+            replayed_rng(state, self._devices()),
+        ):
+            if read is not None:
+                self._forward(step, active, *call)
+                return read()
+            total = self._evaluate(step, active, *call)
         if total is None:
             raise UnsupportedError(
                 "lightning_reg", "`training_step` returned a loss first and None when run again"
             )
         return total
-
-    def forget(self, step: Step) -> None:
-        """Drop what a re-run of ``step`` would need."""
-        self._replay.pop(id(step), None)
 
     # ------------------------------------------------------------------ phases 6 to 8
 
@@ -386,12 +392,6 @@ class TrainingStepPipeline:
 
     def _devices(self) -> list[torch.device]:
         return [self.module.device] if self.module.device.type != "cpu" else []
-
-    def _remember(
-        self, step: Step, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        state = rng_state(self._devices())
-        self._replay[id(step)] = (state, original, args, kwargs)
 
     def _served(self, technique: Regularizer, given: dict[str, Any]) -> bool:
         """Whether one ``self.regularize`` call hands ``technique`` what it needs."""

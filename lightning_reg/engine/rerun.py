@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_reg.engine.random import restore_rng_state, rng_state
+
+if TYPE_CHECKING:
+    from lightning_reg.engine.step import Step
 
 _SILENT = ("log", "log_dict")
 
@@ -26,6 +29,17 @@ def without_trace(module: nn.Module) -> Iterator[None]:
         stack.enter_context(_spare_buffers(module))
         stack.enter_context(_spare_metrics(module))
         yield
+
+
+@contextmanager
+def second_pass(step: Step) -> Iterator[None]:
+    """Put back what a step had found in the pass before."""
+    kept = step.outputs, step.loss, step.records, step.target_distribution, step.is_rerun
+    step.is_rerun = True
+    try:
+        yield
+    finally:
+        step.outputs, step.loss, step.records, step.target_distribution, step.is_rerun = kept
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +127,8 @@ class Step(RunContext):
         self.records: Mapping[str, list[Any]] = {}
         self.given: Mapping[str, Any] = {}
         self.replaces: set[str] = set()
+        self.kept: dict[str, Any] = {}  # by technique, until the last pass
+        self.replay: tuple[Any, Any, tuple[Any, ...], dict[str, Any]] | None = None
         self._asking: Regularizer | None = None
 
     # ------------------------------------------------------------------ signals
@@ -245,16 +247,17 @@ class Step(RunContext):
         count = (self.global_step,) if per == "step" else (self.epoch, self.batch_idx)
         return self._pipeline.generator(technique.name, shared, per, *count)
 
-    def rerun(self) -> Tensor:
-        """Phases 2 to 4 once more with the weights as they are now; returns the new loss.
+    def rerun(self, read: Callable[[], Tensor] | None = None) -> Tensor:
+        """Phases 2 to 4 once more with weights and batch as they are now; returns the new loss.
 
         Same random numbers; logs are silent; metrics and buffers (BatchNorm) do not count it.
+        With ``read`` phase 2 alone: what ``read()`` makes of the new outputs.
         """
-        return self._pipeline.rerun(self)
+        return self._pipeline.rerun(self, read)
 
     def forget(self) -> None:
         """Drop what :meth:`rerun` needs, once no more re-run comes."""
-        self._pipeline.forget(self)
+        self.replay = None
 
     def drop_outputs(self) -> None:
         """Keep no more than :meth:`rerun` needs, of a step that outlives its micro-batch."""

@@ -219,11 +219,11 @@ class GradientPenalty(Regularizer):
                 "have no derivative. A layer that turns them into numbers does",
                 cure=f'{type(self).__name__}(layer="embedding")',
             )
-        if not inputs.requires_grad:
-            step.inputs = inputs.detach().requires_grad_()
 
     def forward_context(self, step: Step) -> AbstractContextManager[Any]:
-        """Phase 2."""
+        """Phase 2, in each of its passes: another technique may have moved the inputs."""
+        if self.layer is None and not step.inputs.requires_grad:
+            step.inputs = step.inputs.detach().requires_grad_()
         return twice_differentiable(self._recurrent)
 
     def penalty(self, step: Step) -> JointMean:

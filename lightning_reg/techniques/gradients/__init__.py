@@ -1,1 +1,1 @@
-"""Edits of gradients."""
+"""Edits of gradients, and techniques that act on derivatives by the inputs."""
