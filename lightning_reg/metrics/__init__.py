@@ -6,7 +6,12 @@ from lightning_reg.metrics.calibration import (
     calibration_error,
 )
 from lightning_reg.metrics.entropy import PredictiveEntropy, predictive_entropy
-from lightning_reg.metrics.likelihood import ExpectedAccuracy, NegativeLogLikelihood
+from lightning_reg.metrics.likelihood import (
+    ExpectedAccuracy,
+    NegativeLogLikelihood,
+    expected_accuracy,
+    negative_log_likelihood,
+)
 from lightning_reg.metrics.reliability import draw_reliability
 
 __all__ = [
@@ -17,5 +22,7 @@ __all__ = [
     "ReliabilityBins",
     "calibration_error",
     "draw_reliability",
+    "expected_accuracy",
+    "negative_log_likelihood",
     "predictive_entropy",
 ]

@@ -1,24 +1,20 @@
-"""Metrics whose state has a fixed size, adds up over batches and ranks, and is exact."""
+"""Metrics over the rows of predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_reg.metrics.additive import AdditiveMetric
 from lightning_reg.metrics.inputs import Rows, Task, check_arguments, high_precision, read_rows
 
 
-class ExactMetric(Metric):
+class ExactMetric(AdditiveMetric):
     """Base of metrics over the rows of predictions.
 
     A subclass adds states with :meth:`add_count` and :meth:`add_total`, adds a batch to them in
-    :meth:`accumulate`, and reads them in :meth:`value`. Counts are int64 and sums float64, which
-    MPS does not have: moved there, sums go on in float32 and are exact to its rounding.
+    :meth:`accumulate`, and reads them in :meth:`value`.
 
     Args:
         from_logits: whether predictions are logits (``True``) or probabilities.
@@ -28,11 +24,6 @@ class ExactMetric(Metric):
         validate_args: check values, which costs a host sync a batch.
         kwargs: those of ``torchmetrics.Metric``.
     """
-
-    is_differentiable = False
-    higher_is_better: bool | None = None
-    full_state_update = False
-    invalid: Tensor
 
     def __init__(
         self,
@@ -49,28 +40,10 @@ class ExactMetric(Metric):
         self.task: Task = task
         self.ignore_index = ignore_index
         self.validate_args = validate_args
-        self.add_count("invalid")
-
-    def add_count(self, name: str, *shape: int) -> None:
-        """A state of int64 counts: float32 counts stop at 2^24."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def add_total(self, name: str, *shape: int) -> None:
-        """A state of float64 sums."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def accumulate(self, rows: Rows) -> None:
         """Add a batch to the states, out of place: they may belong to inference mode."""
         raise NotImplementedError
-
-    def value(self) -> Tensor:
-        """The result from the states as they are: of all ranks only within ``sync_context()``."""
-        raise NotImplementedError
-
-    def compute(self) -> Tensor:
-        """The result over everything that was counted, on all ranks."""
-        self.warn_of_invalid()
-        return self.value()
 
     def update(self, preds: Tensor, target: Tensor | None = None) -> None:
         """Count one batch.
@@ -93,26 +66,6 @@ class ExactMetric(Metric):
         )
         self.invalid = self.invalid + rows.invalid
         self.accumulate(rows)
-
-    def warn_of_invalid(self) -> None:
-        """Say how many rows were left out because they held NaN or infinity."""
-        if int(self.invalid):
-            rank_zero_warn(
-                f"{type(self).__name__}: {int(self.invalid)} predictions held NaN or infinity "
-                "and were left out."
-            )
-
-    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Any:
-        try:
-            return super()._apply(fn, exclude_state)
-        except TypeError as error:
-            if "float64" not in str(error):
-                raise
-            for name, default in self._defaults.items():
-                if isinstance(default, Tensor) and default.dtype == torch.float64:
-                    self._defaults[name] = default.float()
-                    setattr(self, name, getattr(self, name).float())
-            return super()._apply(fn, exclude_state)
 
 
 class MeanMetric(ExactMetric):

@@ -6,10 +6,95 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.metrics.additive import evaluate
 from lightning_reg.metrics.exact import MeanMetric
-from lightning_reg.metrics.inputs import high_precision, log_probabilities
+from lightning_reg.metrics.inputs import (
+    Task,
+    high_precision,
+    log_probabilities,
+)
 
-__all__ = ["ExpectedAccuracy", "NegativeLogLikelihood"]
+__all__ = [
+    "ExpectedAccuracy",
+    "NegativeLogLikelihood",
+    "expected_accuracy",
+    "negative_log_likelihood",
+]
+
+
+def negative_log_likelihood(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    from_logits: bool,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+) -> Tensor:
+    """The mean of ``-log p(target)`` in nats; with soft targets their cross-entropy.
+
+    Args:
+        preds: (N, C, ...) for ``"multiclass"``, (N, ...) for ``"binary"``.
+        target: class indices (N, ...), or soft targets of the shape of ``preds``.
+        from_logits: whether ``preds`` are logits or probabilities; never guessed.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: positions with this class index do not count.
+        validate_args: check values, which costs a host sync.
+
+    Returns:
+        A float64 scalar (float32 on MPS); NaN if nothing counts, infinite where a target has
+        probability 0.
+
+    Raises:
+        ArgumentError: if an argument, a shape or a value is not one of these.
+
+    Example:
+        >>> import torch
+        >>> negative_log_likelihood(torch.zeros(1, 4), torch.tensor([2]), from_logits=True)
+        tensor(1.3863, dtype=torch.float64)
+    """
+    metric = NegativeLogLikelihood(
+        from_logits=from_logits, task=task, ignore_index=ignore_index, validate_args=validate_args
+    )
+    value: Tensor = evaluate(metric, preds, target)
+    return value
+
+
+def expected_accuracy(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    from_logits: bool,
+    task: Task = "multiclass",
+    ignore_index: int | None = None,
+    validate_args: bool = True,
+) -> Tensor:
+    """The share of right top classes; with soft targets, the target's mass on the top class.
+
+    Args:
+        preds: (N, C, ...) for ``"multiclass"``, (N, ...) for ``"binary"``.
+        target: class indices (N, ...), or soft targets of the shape of ``preds``.
+        from_logits: whether ``preds`` are logits or probabilities; never guessed.
+        task: ``"multiclass"`` or ``"binary"``.
+        ignore_index: positions with this class index do not count.
+        validate_args: check values, which costs a host sync.
+
+    Returns:
+        A float64 scalar (float32 on MPS); NaN if nothing counts.
+
+    Raises:
+        ArgumentError: if an argument, a shape or a value is not one of these.
+
+    Example:
+        >>> import torch
+        >>> expected_accuracy(torch.eye(2), torch.tensor([0, 0]), from_logits=True)
+        tensor(0.5000, dtype=torch.float64)
+    """
+    metric = ExpectedAccuracy(
+        from_logits=from_logits, task=task, ignore_index=ignore_index, validate_args=validate_args
+    )
+    value: Tensor = evaluate(metric, preds, target)
+    return value
 
 
 class NegativeLogLikelihood(MeanMetric):
@@ -30,6 +115,7 @@ class NegativeLogLikelihood(MeanMetric):
         tensor(1.3863, dtype=torch.float64)
     """
 
+    function = staticmethod(negative_log_likelihood)
     higher_is_better = False
     plot_lower_bound = 0.0
 
@@ -62,6 +148,7 @@ class ExpectedAccuracy(MeanMetric):
         tensor(0.5000, dtype=torch.float64)
     """
 
+    function = staticmethod(expected_accuracy)
     higher_is_better = True
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0

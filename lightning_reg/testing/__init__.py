@@ -1,4 +1,4 @@
-"""The contract that every technique keeps, for users' own techniques too."""
+"""The contracts that every technique and metric keeps, for users' own too."""
 
 from lightning_reg.testing.case import ContractCase, Probe
 from lightning_reg.testing.checks import CHECKS, Check
@@ -14,10 +14,14 @@ from lightning_reg.testing.hosts import (
     RegressorHost,
     SeveralLossesHost,
 )
+from lightning_reg.testing.metric_case import MetricCase
+from lightning_reg.testing.metric_checks import METRIC_CHECKS, simulate_ranks
+from lightning_reg.testing.metrics import check_metric
 from lightning_reg.testing.ranks import RankError, RankPair, rank_trainer
 
 __all__ = [
     "CHECKS",
+    "METRIC_CHECKS",
     "AutoencoderHost",
     "Check",
     "ClassifierHost",
@@ -27,11 +31,14 @@ __all__ = [
     "DictBatchHost",
     "HostOptions",
     "ImageHost",
+    "MetricCase",
     "Probe",
     "RankError",
     "RankPair",
     "RegressorHost",
     "SeveralLossesHost",
+    "check_metric",
     "check_regularizer",
     "rank_trainer",
+    "simulate_ranks",
 ]

@@ -1,0 +1,1 @@
+"""What the contract has to know of each metric."""
