@@ -23,8 +23,7 @@ class AdditiveMetric(Metric):
     """Base of all metrics here: counts and sums that batches and ranks add to.
 
     A subclass adds states with :meth:`add_count` and :meth:`add_total`, adds a batch to them in
-    ``update``, out of place since they may belong to inference mode, and reads them in
-    :meth:`value`. The base takes care of
+    ``update``, in place if it likes, and reads them in :meth:`value`. The base takes care of
 
     - exactness: counts are int64 (float32 counts stop at 2^24) and sums float64, whatever
       ``half()`` or ``set_dtype`` ask for. MPS has no float64: moved there, sums go on in float32.
@@ -113,6 +112,7 @@ class AdditiveMetric(Metric):
             before = self.metric_state
             try:
                 with torch.no_grad():
+                    self._own_states(before)
                     update(*args, **kwargs)
             except BaseException:
                 for name, state in before.items():
@@ -123,6 +123,11 @@ class AdditiveMetric(Metric):
 
         counted.__doc__ = update.__doc__
         return super()._wrap_update(counted)
+
+    def _own_states(self, states: Mapping[str, Any]) -> None:
+        """Copies to write into: what was read before stays, as does a state of inference mode."""
+        for name, state in states.items():
+            setattr(self, name, state.clone() if isinstance(state, Tensor) else list(state))
 
     def _own_key(self) -> Tensor:
         # By bytes, since MetricCollection compares states by a relative tolerance.

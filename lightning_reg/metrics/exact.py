@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_reg.metrics.additive import AdditiveMetric
-from lightning_reg.metrics.inputs import Rows, Task, check_arguments, high_precision, read_rows
+from lightning_reg.metrics.inputs import (
+    TASKS,
+    AnyTask,
+    Rows,
+    check_arguments,
+    high_precision,
+    read_blocks,
+)
 
 
 class ExactMetric(AdditiveMetric):
     """Base of metrics over the rows of predictions.
 
-    A subclass adds states with :meth:`add_count` and :meth:`add_total`, adds a batch to them in
-    :meth:`accumulate`, and reads them in :meth:`value`.
+    A subclass adds states with :meth:`add_count` and :meth:`add_total`, adds rows to them in
+    :meth:`accumulate`, which is called for one cache-sized block of a batch after the other, and
+    reads them in :meth:`value`.
 
     Args:
         from_logits: whether predictions are logits (``True``) or probabilities.
@@ -25,24 +33,26 @@ class ExactMetric(AdditiveMetric):
         kwargs: those of ``torchmetrics.Metric``.
     """
 
+    tasks: ClassVar[tuple[str, ...]] = TASKS
+
     def __init__(
         self,
         *,
         from_logits: bool,
-        task: Task = "multiclass",
+        task: AnyTask = "multiclass",
         ignore_index: int | None = None,
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_arguments(self, task, from_logits)
+        check_arguments(self, task, from_logits, self.tasks)
         self.from_logits = from_logits
-        self.task: Task = task
+        self.task: AnyTask = task
         self.ignore_index = ignore_index
         self.validate_args = validate_args
 
     def accumulate(self, rows: Rows) -> None:
-        """Add a batch to the states, out of place: they may belong to inference mode."""
+        """Add to the states, in place if you like: rows that come in blocks make up a batch."""
         raise NotImplementedError
 
     def update(self, preds: Tensor, target: Tensor | None = None) -> None:
@@ -55,7 +65,7 @@ class ExactMetric(AdditiveMetric):
         Raises:
             ArgumentError: if shapes or values are not those of the task.
         """
-        rows = read_rows(
+        blocks = read_blocks(
             self,
             preds,
             target,
@@ -64,8 +74,9 @@ class ExactMetric(AdditiveMetric):
             ignore_index=self.ignore_index,
             validate=self.validate_args,
         )
-        self.invalid = self.invalid + rows.invalid
-        self.accumulate(rows)
+        for rows in blocks:
+            self.invalid += rows.invalid
+            self.accumulate(rows)
 
 
 class MeanMetric(ExactMetric):
@@ -92,7 +103,7 @@ class MeanMetric(ExactMetric):
         raise NotImplementedError
 
     def accumulate(self, rows: Rows) -> None:
-        """Add the batch's sum and count."""
+        """Add the sum and the count."""
         values = high_precision(self.values(rows.scores, rows.targets))
         self.total = self.total + values.sum().to(self.total)
         self.count = self.count + values.numel()
