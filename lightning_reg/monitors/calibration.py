@@ -192,6 +192,10 @@ class CalibrationMonitor(Monitor):
 
     # ------------------------------------------------------------------ figures
 
+    def shows(self, name: str, tag: str) -> bool:
+        """Histories are those of a fit."""
+        return name not in ("drift", "strength") or bool(self.history.get(tag))
+
     def check_figure(self, name: str, trainer: pl.Trainer) -> None:
         """Refuse figures of callbacks that are not there."""
         if name == "temperature" and _calibrating(trainer) is None:
@@ -225,21 +229,21 @@ class CalibrationMonitor(Monitor):
 
     def drawing(self, name: str, tag: str, metrics: Mapping[str, ExactMetric]) -> Drawing:
         """Draw one of the figures."""
-        history = self.history.get(tag, [])
+        history, title = self.history.get(tag, []), self.record.title(tag)
         if name == "drift":
-            return drift_drawing(history, {"ece": "ECE", "nll": "NLL"}, tag)
+            return drift_drawing(history, {"ece": "ECE", "nll": "NLL"}, title)
         if name == "strength":
-            return strength_drawing(history, _STRENGTH, tag)
+            return strength_drawing(history, _STRENGTH, title)
         if name == "smooth":
             smooth = cast("SmoothCalibrationError", metrics["smece"])
-            return smooth_drawing(smooth.curve(), float(smooth.value()), tag)
+            return smooth_drawing(smooth.curve(), float(smooth.value()), title)
         if name == "risk_coverage":
             ranking = cast("SelectiveMetric", metrics["aurc"])
-            return risk_coverage_drawing(*ranking.curve(), float(ranking.value()), tag)
+            return risk_coverage_drawing(*ranking.curve(), float(ranking.value()), title)
         bins = cast("CalibrationError", metrics["ece"]).bins()
         if name == "temperature":
             return self._temperature_drawing(tag, bins)
-        return reliability_drawing(bins, norm=self.norm, band=accuracy_band(bins), title=tag)
+        return reliability_drawing(bins, norm=self.norm, band=accuracy_band(bins), title=title)
 
     def _temperature_drawing(self, tag: str, bins: ReliabilityBins) -> Drawing:
         states = self.record.states[tag]
@@ -249,7 +253,7 @@ class CalibrationMonitor(Monitor):
             _bins(states["calibrated"]) if "calibrated" in states else None,
             norm=self.norm,
             temperature=None if found is None else float(found["value"]),
-            title=tag,
+            title=self.record.title(tag),
         )
 
 

@@ -28,9 +28,10 @@ from lightning_reg.monitors.record import Entry
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BAR, _GAP = "#9dbbe0", "#d95f4c"
+_BAR, _OVER, _UNDER = "#9dbbe0", "#e39a8e", "#8fc79b"
 _ERRORS = {"l1": "ECE", "l2": "RMS CE", "max": "max CE"}
 _MOST_TECHNIQUES = 5
+_FAINT = 0.01
 
 
 def reliability_drawing(
@@ -48,11 +49,11 @@ def reliability_drawing(
         band: the ends of an interval of each bin's accuracy, (n_bins,) both.
         title: a line above it.
     """
-    figure = new_figure(4.4, 5.4)
+    figure = new_figure(4.4, 5.6)
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     draw_bins(upper, bins, norm=norm, band=band)
-    upper.set_title(title, fontsize="medium")
-    upper.legend(loc="lower right", fontsize="x-small", framealpha=0.9)
+    upper.set_title(f"{title}\n{_summary(bins, norm)}".lstrip(), fontsize="medium")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="x-small", frameon=False)
     draw_counts(lower, bins)
     lower.set_xlabel("confidence")
     numbers: dict[str, Any] = {name: values.tolist() for name, values in bins._asdict().items()}
@@ -73,36 +74,39 @@ def draw_bins(
     filled = (bins.counts > 0).nonzero().flatten()
     width = 1 / len(bins.counts)
     accuracy, confidence = bins.accuracy[filled], bins.confidence[filled]
-    left = (filled * width).tolist()
-    low, gap = torch.minimum(accuracy, confidence), (accuracy - confidence).abs()
+    left = filled * width
     style: dict[str, Any] = {"width": width, "align": "edge", "linewidth": 0.5}
-    axes.bar(left, accuracy.tolist(), color=_BAR, edgecolor="white", label="accuracy", **style)
-    axes.bar(
-        left,
-        gap.tolist(),
-        bottom=low.tolist(),
-        color=_GAP,
-        edgecolor="white",
-        alpha=0.5,
-        label="gap to confidence",
-        **style,
-    )
+    style["edgecolor"] = "white"
+    axes.bar(left.tolist(), torch.minimum(accuracy, confidence).tolist(), color=_BAR, **style)
+    for label, color, gap in (
+        ("too confident", _OVER, confidence - accuracy),
+        ("not confident enough", _UNDER, accuracy - confidence),
+    ):
+        low = torch.minimum(accuracy, confidence)
+        axes.bar(
+            left.tolist(),
+            gap.clamp_min(0).tolist(),
+            bottom=low.tolist(),
+            color=color,
+            label=label,
+            **style,
+        )
+    ends = None
     if band is not None and len(filled):
         ends = torch.stack([accuracy - band[0][filled], band[1][filled] - accuracy]).clamp_min(0)
-        axes.errorbar(
-            [x + width / 2 for x in left],
-            accuracy.tolist(),
-            yerr=ends.tolist(),
-            fmt="none",
-            ecolor=INK,
-            elinewidth=0.9,
-            capsize=2,
-            label="95 % interval",
-        )
+    axes.errorbar(
+        (left + width / 2).tolist(),
+        accuracy.tolist(),
+        yerr=None if ends is None else ends.tolist(),
+        fmt="o",
+        color=INK,
+        markersize=3,
+        elinewidth=0.9,
+        capsize=2,
+        label="accuracy" if ends is None else "accuracy, 95 % interval",
+    )
     axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
-    error = float(error_of_bins(bins, norm))
-    note(axes, f"{_ERRORS[norm]} {number(error)}\nn = {int(bins.counts.sum())}")
-    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
 
 
 def draw_counts(axes: Axes, bins: ReliabilityBins) -> None:
@@ -138,21 +142,25 @@ def temperature_drawing(
     figure = new_figure(8.2, 5.4)
     axes = figure.subplots(2, 2, height_ratios=[3, 1], sharex=True)
     fitted = "calibrated" if temperature is None else f"calibrated, T = {number(temperature)}"
-    columns = [("raw", before), (fitted if after is not None else "not calibrated yet", after)]
+    columns = [("raw", before), (fitted, after)]
     numbers: dict[str, Any] = {"temperature": temperature}
     for column, (label, bins) in enumerate(columns):
         upper, lower = axes[0][column], axes[1][column]
-        upper.set_title(label, fontsize="medium")
         lower.set_xlabel("confidence")
         if bins is None:
-            upper.set(xlim=(0, 1), ylim=(0, 1))
+            upper.set_title("not calibrated yet", fontsize="medium")
+            upper.set(xlim=(0, 1), ylim=(0, 1.02))
             continue
+        upper.set_title(f"{label}\n{_summary(bins, norm)}", fontsize="medium")
         draw_bins(upper, bins, norm=norm, band=accuracy_band(bins))
         draw_counts(lower, bins)
         name = ("before", "after")[column]
         numbers[name] = {key: values.tolist() for key, values in bins._asdict().items()}
         numbers[name]["error"] = float(error_of_bins(bins, norm))
-    axes[0][0].legend(loc="lower right", fontsize="x-small", framealpha=0.9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, fontsize="small", frameon=False
+    )
     if title:
         figure.suptitle(title, fontsize="medium")
     return Drawing(figure, numbers)
@@ -162,23 +170,25 @@ def smooth_drawing(curve: SmoothReliability, error: float, title: str = "") -> D
     """The smooth reliability curve with the density of confidences below it."""
     figure = new_figure(4.4, 4.4)
     axes = figure.add_subplot()
-    draw_smooth_reliability(*curve[:3], ax=axes)
+    # Far from all predictions the kernel's tails say something, and it means nothing.
+    near = curve.density > _FAINT * curve.density.max()
+    accuracy = curve.accuracy.masked_fill(~near, float("nan"))
+    draw_smooth_reliability(curve.confidence, accuracy, curve.density, ax=axes)
     note(axes, f"smECE {number(error)}\nbandwidth {number(float(curve.bandwidth))}")
     axes.set_title(title, fontsize="medium")
     numbers = {name: values.tolist() for name, values in curve._asdict().items()}
     return Drawing(figure, {**numbers, "error": error})
 
 
-def risk_coverage_drawing(
-    coverage: Tensor, risk: Tensor, area: float, title: str = ""
-) -> Drawing:
+def risk_coverage_drawing(coverage: Tensor, risk: Tensor, area: float, title: str = "") -> Drawing:
     """The risk of the most confident share of predictions against that share."""
     figure = new_figure(4.6, 3.8)
     axes = figure.add_subplot()
     draw_risk_coverage(coverage, risk, ax=axes)
     # All predictions accepted: the error rate.
     axes.axhline(float(risk[-1]), color="#888888", linestyle="--", linewidth=1)
-    axes.set_ylim(0, max(1.25 * float(risk.max()), 0.01))
+    top = max(1.25 * float(risk.max()), 0.01)
+    axes.set_ylim(-0.02 * top, top)
     note(axes, f"AURC {number(area)}\nrisk of all {number(float(risk[-1]))}")
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.25)
@@ -208,7 +218,8 @@ def strength_drawing(history: Sequence[Entry], prefix: str, title: str = "") -> 
     # Those that moved say the most.
     spread = {name: _spread([e[name] for e in history if name in e]) for name in names}
     shown = sorted(sorted(names, key=lambda name: -spread[name])[:_MOST_TECHNIQUES])
-    figure = new_figure(8.6, 2.9 * max(1, len(shown)) + 0.4)
+    figure = new_figure(9.4, 2.9 * max(1, len(shown)) + 0.4)
+    figure.get_layout_engine().set(wspace=0.08, hspace=0.06)  # type: ignore[union-attr]
     grid = figure.subplots(max(1, len(shown)), 2, squeeze=False)
     numbers: dict[str, Any] = {}
     for row, name in zip(grid, shown, strict=False):
@@ -237,6 +248,11 @@ def accuracy_band(bins: ReliabilityBins, level: float = 0.95) -> tuple[Tensor, T
     low = torch.where(bins.correct_sum <= 0, torch.zeros_like(low), low)
     high = torch.where(bins.correct_sum >= bins.counts, torch.ones_like(high), high)
     return low.masked_fill(empty, float("nan")), high.masked_fill(empty, float("nan"))
+
+
+def _summary(bins: ReliabilityBins, norm: Norm) -> str:
+    error = float(error_of_bins(bins, norm))
+    return f"{_ERRORS[norm]} {number(error)}, n = {int(bins.counts.sum())}"
 
 
 def _draw_together(

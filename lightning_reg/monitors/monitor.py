@@ -107,6 +107,10 @@ class Monitor(Callback):
         """Draw a figure from metrics that hold the states of ``tag``, and from the record."""
         raise NotImplementedError(f"{type(self).__name__} draws no {name!r}")
 
+    def shows(self, name: str, tag: str) -> bool:
+        """Whether there is something to draw: a history needs a fit."""
+        return True
+
     def check_figure(self, name: str, trainer: pl.Trainer) -> None:
         """Refuse a figure, asked for by its name, that could never show anything in this run."""
 
@@ -323,7 +327,7 @@ class Monitor(Callback):
                 for metric in metrics.values():
                     metric.warn_of_invalid()
                 values = self.read(metrics)
-                self.record.states[tag] = states_of(metrics)
+                self.record.keep(tag, states_of(metrics), int(trainer.global_step))
             # On the CPU in one transfer, in the precision in which they were computed.
             numbers = torch.stack([v.detach().double().cpu() for v in values.values()]).tolist()
             for (name, value), number in zip(values.items(), numbers, strict=True):
@@ -346,7 +350,7 @@ class Monitor(Callback):
         for index in self._metrics:
             tag = self._tag(stage, index)
             self.collect(trainer, tag)
-            for name in self._wanted_figures():
+            for name in [n for n in self._wanted_figures() if self.shows(n, tag)]:
                 write_figure(trainer, f"{tag}/{name}", partial(self._drawing, name, tag))
 
     def _drawing(self, name: str, tag: str) -> Drawing:

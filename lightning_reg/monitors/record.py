@@ -23,12 +23,22 @@ class Record:
         history: by tag (``"val"``), one entry for each validation of a fit: ``epoch``, ``step`` and
             the values by name.
         states: by tag, the joined states of the metrics as they were last read.
+        steps: by tag, the optimizer steps that had been done then.
     """
 
     def __init__(self) -> None:
         self.results: dict[str, float] = {}
         self.history: dict[str, list[Entry]] = {}
         self.states: dict[str, dict[str, dict[str, Tensor]]] = {}
+        self.steps: dict[str, int] = {}
+
+    def keep(self, tag: str, states: dict[str, dict[str, Tensor]], step: int) -> None:
+        """Remember what metrics hold, in place of what they held before."""
+        self.states[tag], self.steps[tag] = states, step
+
+    def title(self, tag: str) -> str:
+        """What a figure of the states shows."""
+        return f"{tag}, step {self.steps[tag]}"
 
     def remember(self, tag: str, entry: Entry) -> None:
         """Add to the history; a validation that is run again at a step replaces the first."""
@@ -48,13 +58,17 @@ class Record:
             "results": dict(self.results),
             "history": {tag: [dict(e) for e in entries] for tag, entries in self.history.items()},
             "states": {tag: dict(states) for tag, states in self.states.items()},
+            "steps": dict(self.steps),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was saved."""
         self.results = dict(state["results"])
-        self.history = {tag: [dict(e) for e in entries] for tag, entries in state["history"].items()}
+        self.history = {
+            tag: [dict(e) for e in entries] for tag, entries in state["history"].items()
+        }
         self.states = {tag: dict(states) for tag, states in state["states"].items()}
+        self.steps = dict(state["steps"])
 
 
 def joined(metrics: Metrics) -> ExitStack:
