@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_reg.engine.errors import ArgumentError, RegularizationError
+from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.regularizer import Regularizer
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import Step
 from lightning_reg.metrics.calibration import CalibrationError, Norm, ReliabilityBins
@@ -18,11 +18,26 @@ from lightning_reg.metrics.entropy import PredictiveEntropy
 from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.metrics.inputs import Task
 from lightning_reg.metrics.likelihood import ExpectedAccuracy, NegativeLogLikelihood
-from lightning_reg.metrics.reliability import draw_reliability
-from lightning_reg.monitors.figures import have_matplotlib, write_figure
+from lightning_reg.metrics.selective import AURC, SelectiveMetric
+from lightning_reg.metrics.smooth_calibration import SmoothCalibrationError
+from lightning_reg.monitors.calibration_drawings import (
+    accuracy_band,
+    drift_drawing,
+    reliability_drawing,
+    risk_coverage_drawing,
+    smooth_drawing,
+    strength_drawing,
+    temperature_drawing,
+)
+from lightning_reg.monitors.figures import Drawing
 from lightning_reg.monitors.monitor import STAGES, Monitor, Stage
+from lightning_reg.monitors.post_hoc_calibration import PostHocCalibration
+from lightning_reg.monitors.predictions import predictions_of
+from lightning_reg.monitors.record import Entry, update_all
 
 __all__ = ["CalibrationMonitor"]
+
+_STRENGTH = "strength/"
 
 
 class CalibrationMonitor(Monitor):
@@ -30,12 +45,22 @@ class CalibrationMonitor(Monitor):
 
     ``val/ece``, ``val/nll``, ``val/entropy`` and ``val/accuracy`` (``test/...``) reach the
     loggers and ``trainer.callback_metrics``, where ``ModelCheckpoint`` and closed-loop strengths
-    find them. A reliability diagram goes to each logger that takes figures; without one, PNG and
-    JSON files go to ``figures/`` in the Trainer's ``log_dir``. With several dataloaders each
-    has its own values, ``val/ece/dataloader_idx_1``.
+    find them. Figures go to each logger that takes them; PNG and JSON files in ``figures/`` of the
+    Trainer's ``log_dir`` where one takes none. With several dataloaders each has its own values,
+    ``val/ece/dataloader_idx_1``.
 
     The logits and targets come from the user's own step, which is not edited: from the dict that
     it returns, else from the output of ``self(...)`` and the batch; ``signals`` says otherwise.
+
+    Figures, by name:
+
+    - ``"reliability"``: accuracy by bin of confidence, with 95 % intervals and counts;
+    - ``"smooth"``: the smooth reliability curve of smECE;
+    - ``"risk_coverage"``: the risk of the most confident share;
+    - ``"temperature"``: reliability raw and calibrated, of a ``PostHocCalibration`` among the
+      Trainer's callbacks;
+    - ``"drift"``: ECE and NLL over epochs;
+    - ``"strength"``: each technique's strength over epochs, and ECE against it.
 
     Args:
         n_bins: the number of equal-width bins.
@@ -45,30 +70,53 @@ class CalibrationMonitor(Monitor):
         from_logits: whether what the step's ``logits`` holds are scores before the softmax, or
             probabilities (``False``).
         ignore_index: positions with this class index do not count.
+        metrics: further values to log: ``"smece"``, ``"aurc"``.
         stages: ``"val"``, ``"test"`` or both.
-        figures: draw reliability diagrams; ``None`` draws them if matplotlib is installed.
-        every_n_epochs: draw at each n-th validation epoch.
+        figures: their names; ``True`` for ``reliability`` and ``drift``, ``False`` for none,
+            ``None`` for those two if matplotlib is installed.
+        every_n_epochs: draw at each n-th epoch of a fit.
         signals: where the tensors are found, if not in the usual places.
 
     Attributes:
         results: the latest value of each log key.
-        reliability: the latest bins of all ranks, by stage (``"val"``).
+        history: by tag (``"val"``), the values after each validation of the fit.
+        reliability: the latest bins of all ranks, by tag.
 
     Raises:
         ArgumentError: if an argument is outside its range.
-        RegularizationError: if figures are asked for and matplotlib is missing.
+        RegularizationError: if figures are asked for and matplotlib, or the callback that one
+            shows, is missing.
         MissingSignalError: in the first step (of the sanity check, too) without logits or targets.
 
     Note:
         Exact over ranks: the sums are joined, never the values averaged, and a sample that a
         DistributedSampler repeats to fill up the last batch counts once. Nothing of the sanity
-        check is counted. Costs one log-softmax in float64 a batch and metric (three).
+        check is counted. Figures are drawn by rank 0 from what was counted, so that
+        :meth:`figure` draws the same after a checkpoint was loaded.
+
+        Costs one log-softmax in float64 a batch and metric (three); ``smece``, ``aurc`` and their
+        figures share one more and a histogram of 1 MB, which goes into checkpoints.
 
     Example:
         >>> from lightning_reg.monitors import CalibrationMonitor
         >>> monitor = CalibrationMonitor(n_bins=10, figures=False)
         >>> callbacks = [monitor]  # Trainer(callbacks=callbacks) then logs val/ece
     """
+
+    figure_names: ClassVar[tuple[str, ...]] = (
+        "reliability",
+        "smooth",
+        "risk_coverage",
+        "temperature",
+        "drift",
+        "strength",
+    )
+    usual_figures: ClassVar[tuple[str, ...]] = ("reliability", "drift")
+    further: ClassVar[Mapping[str, type[ExactMetric]]] = {
+        "smece": SmoothCalibrationError,
+        "aurc": AURC,
+    }
+    _needed: ClassVar[Mapping[str, str]] = {"smooth": "smece", "risk_coverage": "aurc"}
 
     def __init__(
         self,
@@ -78,93 +126,142 @@ class CalibrationMonitor(Monitor):
         task: Task = "multiclass",
         from_logits: bool = True,
         ignore_index: int | None = None,
+        metrics: Sequence[str] = (),
         stages: Sequence[Stage] = STAGES,
-        figures: bool | None = None,
+        figures: bool | Sequence[str] | None = None,
         every_n_epochs: int = 1,
         signals: Signals | None = None,
     ) -> None:
-        super().__init__(stages=stages, signals=signals)
-        if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+        super().__init__(
+            stages=stages, figures=figures, every_n_epochs=every_n_epochs, signals=signals
+        )
+        if isinstance(metrics, str) or any(name not in self.further for name in metrics):
             raise ArgumentError(
                 self,
-                f"`every_n_epochs` must be a whole number from 1, got {every_n_epochs!r}",
-                cure="CalibrationMonitor(every_n_epochs=1)",
+                f"`metrics` must be a list of {', '.join(self.further)}, got {metrics!r}",
+                cure=f'CalibrationMonitor(metrics=["{next(iter(self.further))}"])',
             )
         self.n_bins = n_bins
-        self.norm = norm
-        self.task = task
+        self.norm: Norm = norm
+        self.task: Task = task
         self.from_logits = from_logits
         self.ignore_index = ignore_index
-        self.figures = figures
-        self.every_n_epochs = every_n_epochs
-        self.reliability: dict[str, ReliabilityBins] = {}
-        self._bins: ReliabilityBins | None = None
+        self.metrics = tuple(metrics)
         self.build_metrics()  # refuses wrong arguments now
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse figures that cannot be drawn."""
-        if self.figures and not have_matplotlib():
-            raise RegularizationError(
-                self, "figures=True needs matplotlib", cure='pip install "lightning_reg[demo]"'
-            )
-        if self.figures is None and not have_matplotlib():
-            rank_zero_info(
-                "CalibrationMonitor: no reliability diagrams without matplotlib "
-                '(pip install "lightning_reg[demo]"); values are logged.'
-            )
+    @property
+    def reliability(self) -> dict[str, ReliabilityBins]:
+        """The latest bins of all ranks, by tag."""
+        return {tag: _bins(states["ece"]) for tag, states in self.record.states.items()}
 
     def build_metrics(self) -> dict[str, ExactMetric]:
-        """Calibration error, likelihood, entropy and accuracy."""
+        """Those that are always logged, further ones, and those that figures are drawn from."""
         shared: dict[str, Any] = {
             "from_logits": self.from_logits,
             "task": self.task,
             "ignore_index": self.ignore_index,
         }
+        figures = self.figures if isinstance(self.figures, Sequence) else ()
+        wanted = {*self.metrics, *(self._needed[name] for name in figures if name in self._needed)}
         return {
             "ece": CalibrationError(n_bins=self.n_bins, norm=self.norm, **shared),
             "nll": NegativeLogLikelihood(**shared),
             "entropy": PredictiveEntropy(**shared),
             "accuracy": ExpectedAccuracy(**shared),
+            **{name: kind(**shared) for name, kind in self.further.items() if name in wanted},
         }
 
     def observe(
         self, metrics: Mapping[str, ExactMetric], step: Step, counted: Tensor | None
     ) -> None:
         """Update all metrics with the batch."""
-        logits, targets = step.logits, torch.as_tensor(step.targets)
-        if self.task == "binary" and logits.ndim == targets.ndim + 1 and logits.shape[-1] == 1:
-            logits = logits.squeeze(-1)
-        if self.task == "multiclass" and _classes_last(logits, targets):
-            logits = logits.movedim(-1, 1)
-        if counted is not None:
-            logits, targets = logits[counted], targets[counted]
-        for metric in metrics.values():
-            metric.update(logits, targets)
+        update_all(metrics.values(), *predictions_of(step, self.task, counted))
 
     def read(self, metrics: Mapping[str, ExactMetric]) -> dict[str, Tensor]:
-        """The values; the bins are kept for the diagram."""
-        error = cast("CalibrationError", metrics["ece"])
-        self._bins = ReliabilityBins(*(state.detach().cpu().clone() for state in error.bins()))
+        """The values."""
         return {name: metric.value() for name, metric in metrics.items()}
 
-    def draw(self, trainer: pl.Trainer, tag: str) -> None:
-        """The reliability diagram of the values that were just logged."""
-        bins = self._bins
-        assert bins is not None
-        self.reliability[tag] = bins
-        wanted = have_matplotlib() if self.figures is None else self.figures
-        if not wanted or (trainer.training and trainer.current_epoch % self.every_n_epochs):
+    def entry(self, trainer: pl.Trainer) -> Entry:
+        """The strengths with which the epoch was trained."""
+        techniques = [c for c in trainer.callbacks if isinstance(c, Regularizer)]  # type: ignore[attr-defined]
+        return {
+            f"{_STRENGTH}{technique.name}": float(technique.pipeline.strength(technique))
+            for technique in techniques
+            if technique.pipeline is not None
+        }
+
+    # ------------------------------------------------------------------ figures
+
+    def shows(self, name: str, tag: str) -> bool:
+        """Histories are those of a fit."""
+        return name not in ("drift", "strength") or bool(self.history.get(tag))
+
+    def check_figure(self, name: str, trainer: pl.Trainer) -> None:
+        """Refuse figures of callbacks that are not there."""
+        if name == "temperature" and _calibrating(trainer) is None:
+            raise ArgumentError(
+                self,
+                "draws predictions before and after calibration, and no callback calibrates",
+                cure="Trainer(callbacks=[PostHocCalibration(), CalibrationMonitor(...)])",
+            )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if name == "strength" and not any(isinstance(c, Regularizer) for c in callbacks):
+            raise ArgumentError(
+                self,
+                "draws the strengths of techniques, and there is none among the callbacks",
+                cure='CalibrationMonitor(figures=["reliability", "drift"])',
+            )
+
+    def collect(self, trainer: pl.Trainer, tag: str) -> None:
+        """The bins before and after calibration."""
+        other = _calibrating(trainer)
+        if other is None or "temperature" not in self._wanted_figures():
             return
-        title = f"{tag}, step {int(trainer.global_step)}"
-        write_figure(
-            trainer,
-            f"{tag}/reliability",
-            lambda: draw_reliability(bins, norm=self.norm, title=title)[0],
-            {name: values.tolist() for name, values in bins._asdict().items()},
+        counted = other.record.states.get(tag, {})
+        kept = self.record.states[tag]
+        for name, own in (("raw", "ece"), ("calibrated", f"ece_{other.suffix}")):
+            kept.pop(name, None)
+            if own in counted:
+                kept[name] = counted[own]
+        temperature = getattr(other.calibrator, "temperature", None)
+        if isinstance(temperature, float):
+            kept["temperature"] = {"value": torch.tensor(temperature, dtype=torch.float64)}
+
+    def drawing(self, name: str, tag: str, metrics: Mapping[str, ExactMetric]) -> Drawing:
+        """Draw one of the figures."""
+        history, title = self.history.get(tag, []), self.record.title(tag)
+        if name == "drift":
+            return drift_drawing(history, {"ece": "ECE", "nll": "NLL"}, title)
+        if name == "strength":
+            return strength_drawing(history, _STRENGTH, title)
+        if name == "smooth":
+            smooth = cast("SmoothCalibrationError", metrics["smece"])
+            return smooth_drawing(smooth.curve(), float(smooth.value()), title)
+        if name == "risk_coverage":
+            ranking = cast("SelectiveMetric", metrics["aurc"])
+            return risk_coverage_drawing(*ranking.curve(), float(ranking.value()), title)
+        bins = cast("CalibrationError", metrics["ece"]).bins()
+        if name == "temperature":
+            return self._temperature_drawing(tag, bins)
+        return reliability_drawing(bins, norm=self.norm, band=accuracy_band(bins), title=title)
+
+    def _temperature_drawing(self, tag: str, bins: ReliabilityBins) -> Drawing:
+        states = self.record.states[tag]
+        found = states.get("temperature")
+        return temperature_drawing(
+            _bins(states["raw"]) if "raw" in states else bins,
+            _bins(states["calibrated"]) if "calibrated" in states else None,
+            norm=self.norm,
+            temperature=None if found is None else float(found["value"]),
+            title=self.record.title(tag),
         )
 
 
-def _classes_last(logits: Tensor, targets: Tensor) -> bool:
-    """Whether the shapes only fit with the classes on the last dimension (token logits)."""
-    first = logits.shape[:1] + logits.shape[2:]
-    return targets.shape == logits.shape[:-1] and targets.shape != first
+def _calibrating(trainer: pl.Trainer) -> Any:
+    """The callback that fits a calibrator, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, PostHocCalibration)), None)
+
+
+def _bins(states: Mapping[str, Tensor]) -> ReliabilityBins:
+    return ReliabilityBins(*(states[name] for name in ReliabilityBins._fields))

@@ -5,19 +5,27 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_reg.engine.capture import FORWARD, Capture
 from lightning_reg.engine.communicator import Communicator
-from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.errors import ArgumentError, RegularizationError
 from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.signals import SignalReader, Signals
 from lightning_reg.engine.step import Step
 from lightning_reg.metrics.exact import ExactMetric
+from lightning_reg.monitors.figures import Drawing, have_matplotlib, write_figure
+from lightning_reg.monitors.record import Entry, Record, joined, states_of, with_states
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Stage = Literal["val", "test"]
 STAGES: tuple[Stage, ...] = ("val", "test")
@@ -27,34 +35,45 @@ _HOOKS = {"val": "validation_step", "test": "test_step"}
 class Monitor(Callback):
     """Owns metrics, feeds them from the user's steps, and logs them; the module is not edited.
 
-    A subclass supplies :meth:`build_metrics`, :meth:`observe` and :meth:`read`. The base takes
-    care of finding the tensors (in the same places as the techniques do, see
-    :class:`~lightning_reg.engine.Signals`), of batches that belong to the sanity check, of samples
-    that a DistributedSampler repeats, of several dataloaders, and of logs that reach the
-    Trainer's loggers and ``callback_metrics``.
+    A subclass supplies :meth:`build_metrics`, :meth:`observe` and :meth:`read`, and for figures
+    their names and :meth:`drawing`. The base takes care of
+
+    - finding the tensors, in the same places as the techniques do (:class:`Signals`);
+    - the sanity check's batches, samples that a DistributedSampler repeats, several dataloaders;
+    - logs that reach the Trainer's loggers and ``callback_metrics``;
+    - memory: the joined states that were read last and the values of each validation are saved
+      with checkpoints, and figures are drawn from them: :meth:`figure` needs no samples.
 
     Args:
         stages: ``"val"``, ``"test"`` or both.
+        figures: names of figures to draw; ``True`` for the usual ones, ``False`` for none, ``None``
+            for the usual ones if matplotlib is installed.
+        every_n_epochs: draw at each n-th epoch of a fit.
         signals: where the tensors are found, if not in the usual places.
 
     Raises:
-        ArgumentError: if a stage is unknown.
+        ArgumentError: if an argument is outside its range.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("logits", "targets")
+    figure_names: ClassVar[tuple[str, ...]] = ()
+    usual_figures: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, *, stages: Sequence[Stage] = STAGES, signals: Signals | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        stages: Sequence[Stage] = STAGES,
+        figures: bool | Sequence[str] | None = None,
+        every_n_epochs: int = 1,
+        signals: Signals | None = None,
+    ) -> None:
         super().__init__()
-        unknown = [stage for stage in stages if stage not in STAGES]
-        if unknown or isinstance(stages, str):
-            raise ArgumentError(
-                self,
-                f"`stages` must be a list of {', '.join(STAGES)}, got {stages!r}",
-                cure=f'{type(self).__name__}(stages=["val"])',
-            )
+        self._check(stages, figures, every_n_epochs)
         self.stages = tuple(stages)
+        self.figures = figures
+        self.every_n_epochs = every_n_epochs
         self.signals = signals
-        self.results: dict[str, float] = {}
+        self.record = Record()
         self._metrics: dict[int, dict[str, ExactMetric]] = {}
         self._run: _Run | None = None
         self._capture: Capture | None = None
@@ -84,8 +103,81 @@ class Monitor(Callback):
     def read(self, metrics: Mapping[str, ExactMetric]) -> dict[str, Tensor]:
         """The values to log, by name; every rank calls it, with its ranks' states joined."""
 
-    def draw(self, trainer: pl.Trainer, tag: str) -> None:
-        """Write figures; every rank calls it, after :meth:`read` of one dataloader."""
+    def drawing(self, name: str, tag: str, metrics: Mapping[str, ExactMetric]) -> Drawing:
+        """Draw a figure from metrics that hold the states of ``tag``, and from the record."""
+        raise NotImplementedError(f"{type(self).__name__} draws no {name!r}")
+
+    def shows(self, name: str, tag: str) -> bool:
+        """Whether there is something to draw: a history needs a fit."""
+        return True
+
+    def check_figure(self, name: str, trainer: pl.Trainer) -> None:
+        """Refuse a figure, asked for by its name, that could never show anything in this run."""
+
+    def entry(self, trainer: pl.Trainer) -> Entry:
+        """Further numbers for the history."""
+        return {}
+
+    def collect(self, trainer: pl.Trainer, tag: str) -> None:
+        """Take into the record what a figure shows of other callbacks; they have reported."""
+
+    # ------------------------------------------------------------------ what a user reads
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The latest value of each log key."""
+        return self.record.results
+
+    @results.setter
+    def results(self, values: dict[str, float]) -> None:
+        self.record.results = values
+
+    @property
+    def history(self) -> dict[str, list[Entry]]:
+        """By tag (``"val"``), the values after each validation of the fit."""
+        return self.record.history
+
+    def figure(self, name: str, tag: str = "val") -> Figure:
+        """A figure of what was counted last, from state: in a fresh process, too.
+
+        Args:
+            name: one of the figures that the class lists.
+            tag: ``"val"`` or ``"test"``; ``"val/dataloader_idx_1"`` with several dataloaders.
+
+        Raises:
+            ArgumentError: if nothing was counted under the tag, or there is no such figure.
+        """
+        self._check_figures([name])
+        if tag not in self.record.states:
+            known = ", ".join(sorted(self.record.states)) or "nothing"
+            raise ArgumentError(
+                self,
+                f"has nothing to draw for {tag!r}; it has counted {known}",
+                cure="trainer.validate(module, loader)",
+            )
+        return self._drawing(name, tag).figure
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values, history, and the states that figures are drawn from."""
+        return self.record.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was saved."""
+        self.record.load_state_dict(state_dict)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse figures that cannot be drawn."""
+        if self.figures and not have_matplotlib():
+            raise RegularizationError(
+                self, "`figures` needs matplotlib", cure='pip install "lightning_reg[demo]"'
+            )
+        if self.figures is None and self.usual_figures and not have_matplotlib():
+            rank_zero_info(
+                f"{type(self).__name__}: no figures without matplotlib "
+                '(pip install "lightning_reg[demo]"); values are logged.'
+            )
+        for name in self.figures if isinstance(self.figures, Sequence) else ():
+            self.check_figure(name, trainer)
 
     # ------------------------------------------------------------------ stages
 
@@ -121,7 +213,8 @@ class Monitor(Callback):
         self._report(trainer, pl_module, "val")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop to watch."""
+        """Draw, once every monitor has its values, and stop to watch."""
+        self._draw(trainer, "val")
         self._close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -156,7 +249,8 @@ class Monitor(Callback):
         self._report(trainer, pl_module, "test")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop to watch."""
+        """Draw and stop to watch."""
+        self._draw(trainer, "test")
         self._close()
 
     def on_exception(
@@ -228,19 +322,80 @@ class Monitor(Callback):
         if self._run is None or trainer.sanity_checking:
             return
         for index, metrics in self._metrics.items():
-            suffix = f"/dataloader_idx_{index}" if len(self._metrics) > 1 else ""
-            with _joined(metrics):
+            tag = self._tag(stage, index)
+            with joined(metrics):
                 for metric in metrics.values():
                     metric.warn_of_invalid()
                 values = self.read(metrics)
-            for name, value in values.items():
-                key = f"{stage}/{name}{suffix}"
-                self.results[key] = float(value)
+                self.record.keep(tag, states_of(metrics), int(trainer.global_step))
+            # On the CPU in one transfer, in the precision in which they were computed.
+            numbers = torch.stack([v.detach().double().cpu() for v in values.values()]).tolist()
+            for (name, value), number in zip(values.items(), numbers, strict=True):
+                key = self._key(stage, name) + tag[len(stage) :]
+                self.results[key] = number
                 # The ranks hold the same number; their maximum is that number, bit for bit.
                 module.log(
                     key, value.float(), sync_dist=True, reduce_fx="max", add_dataloader_idx=False
                 )
-            self.draw(trainer, stage + suffix)
+            if stage == "val" and _fitting(trainer):
+                position = {"epoch": trainer.current_epoch, "step": int(trainer.global_step)}
+                own = dict(zip(values, numbers, strict=True))
+                self.record.remember(tag, {**position, **own, **self.entry(trainer)})
+
+    def _draw(self, trainer: pl.Trainer, stage: Stage) -> None:
+        if self._run is None or trainer.sanity_checking:
+            return
+        if _fitting(trainer) and trainer.current_epoch % self.every_n_epochs:
+            return
+        for index in self._metrics:
+            tag = self._tag(stage, index)
+            self.collect(trainer, tag)
+            for name in [n for n in self._wanted_figures() if self.shows(n, tag)]:
+                write_figure(trainer, f"{tag}/{name}", partial(self._drawing, name, tag))
+
+    def _drawing(self, name: str, tag: str) -> Drawing:
+        metrics = self.build_metrics()
+        with_states(metrics, self.record.states[tag])
+        return self.drawing(name, tag, metrics)
+
+    def _wanted_figures(self) -> Sequence[str]:
+        if self.figures is None or isinstance(self.figures, bool):
+            drawn = have_matplotlib() if self.figures is None else self.figures
+            return self.usual_figures if drawn else ()
+        return self.figures
+
+    def _tag(self, stage: Stage, index: int) -> str:
+        return f"{stage}/dataloader_idx_{index}" if len(self._metrics) > 1 else stage
+
+    def _key(self, stage: Stage, name: str) -> str:
+        return f"{stage}/{name}"
+
+    def _check(self, stages: Sequence[str], figures: Any, every_n_epochs: int) -> None:
+        unknown = [stage for stage in stages if stage not in STAGES]
+        if unknown or isinstance(stages, str):
+            raise ArgumentError(
+                self,
+                f"`stages` must be a list of {', '.join(STAGES)}, got {stages!r}",
+                cure=f'{type(self).__name__}(stages=["val"])',
+            )
+        if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+            raise ArgumentError(
+                self,
+                f"`every_n_epochs` must be a whole number from 1, got {every_n_epochs!r}",
+                cure=f"{type(self).__name__}(every_n_epochs=1)",
+            )
+        if figures is not None and not isinstance(figures, bool):
+            self._check_figures(figures)
+
+    def _check_figures(self, figures: Any) -> None:
+        names = [figures] if isinstance(figures, str) else list(figures)
+        unknown = [name for name in names if name not in self.figure_names]
+        if unknown or isinstance(figures, str):
+            raise ArgumentError(
+                self,
+                f"`figures` must be a list of {', '.join(self.figure_names)}, got {figures!r}",
+                cure=f'{type(self).__name__}(figures=["{self.figure_names[0]}"])',
+            )
 
     def _close(self) -> None:
         self._recording.close()
@@ -271,9 +426,6 @@ class _Run:
         return self._reader
 
 
-def _joined(metrics: Mapping[str, ExactMetric]) -> ExitStack:
-    """Within it, the metrics' states are those of all ranks."""
-    stack = ExitStack()
-    for metric in metrics.values():
-        stack.enter_context(metric.sync_context())
-    return stack
+def _fitting(trainer: pl.Trainer) -> bool:
+    """Whether this validation belongs to a fit; by name, since there are two import names."""
+    return getattr(trainer.state.fn, "value", None) == "fit"

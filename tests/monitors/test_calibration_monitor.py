@@ -1,16 +1,13 @@
 """Values that the monitor logs, where it finds its tensors, and what it leaves behind."""
 
 import copy
-import json
 import pickle
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg.engine import (
@@ -22,7 +19,6 @@ from lightning_reg.engine import (
 from lightning_reg.engine.schedule import ClosedLoop
 from lightning_reg.metrics import calibration_error, predictive_entropy
 from lightning_reg.monitors import CalibrationMonitor
-from lightning_reg.monitors.figures import write_figure
 from lightning_reg.testing import rank_trainer
 from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
 
@@ -224,34 +220,8 @@ def test_works_on_a_compiled_module():
     check(run.callback_metrics, module)
 
 
-def test_figures_reach_tensorboard(tmp_path):
-    logger = TensorBoardLogger(tmp_path)
-    run = trainer([monitor(figures=True)], logger=logger)
-    run.validate(Silent(), loader(), verbose=False)
-    logger.experiment.flush()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(logger.log_dir)
-    events.Reload()
-    assert events.Tags()["images"] == ["val/reliability"]
-    assert not list(tmp_path.rglob("figures"))
-
-
-@pytest.mark.parametrize("with_logger", [True, False])
-def test_figures_become_files_where_no_logger_takes_them(tmp_path, with_logger):
-    logger = CSVLogger(tmp_path) if with_logger else False
-    ours = monitor(figures=True)
-    run = trainer([ours], logger=logger, default_root_dir=tmp_path)
-    run.validate(Silent(), loader(), verbose=False)
-    folder = (tmp_path if not with_logger else type(tmp_path)(logger.log_dir)) / "figures"
-    picture, numbers = sorted(folder.iterdir(), key=lambda p: p.suffix, reverse=True)
-    assert picture.name == "val_reliability_step_00000000.png"
-    assert picture.read_bytes()[1:4] == b"PNG"
-    assert json.loads(numbers.read_text())["counts"] == ours.reliability["val"].counts.tolist()
-
-
 def test_figures_without_matplotlib(monkeypatch):
-    monkeypatch.setattr("lightning_reg.monitors.calibration.have_matplotlib", lambda: False)
+    monkeypatch.setattr("lightning_reg.monitors.monitor.have_matplotlib", lambda: False)
     with pytest.raises(RegularizationError, match=r"lightning_reg\[demo\]"):
         trainer([monitor(figures=True)]).validate(Silent(), loader(), verbose=False)
     module, run = Silent(), trainer([monitor(figures=None)])
@@ -286,6 +256,9 @@ def test_two_ranks_equal_one_process_and_repeats_count_once(ranks):
         ({"stages": "val"}, "stages="),
         ({"every_n_epochs": 0}, "every_n_epochs=1"),
         ({"from_logits": None}, "from_logits=True"),
+        ({"figures": ["pie"]}, r'figures=\["reliability"\]'),
+        ({"figures": "reliability"}, r'figures=\["reliability"\]'),
+        ({"metrics": ["ece3"]}, r'metrics=\["smece"\]'),
     ],
 )
 def test_bad_arguments_are_refused(arguments, cure):
@@ -311,42 +284,3 @@ def test_a_dict_of_dataloaders():
     module, run = Several(), trainer([monitor()])
     run.validate(module, {"one": loader(), "other": loader()}, verbose=False)
     check(run.callback_metrics, module, suffix="/dataloader_idx_1")
-
-
-class WandbLike:
-    experiment = None
-
-    def log_image(self, key, images, step):
-        self.call = (key, step)
-
-
-class MlflowLike:
-    run_id = "run"
-
-    def __init__(self):
-        self.experiment = self
-
-    def log_figure(self, run_id, figure, name):
-        self.call = (run_id, name)
-
-
-@pytest.mark.parametrize(
-    ("logger", "call"),
-    [
-        (WandbLike(), ("val/reliability", 7)),
-        (MlflowLike(), ("run", "val_reliability_step_00000007.png")),
-    ],
-)
-def test_figures_are_handed_to_loggers_by_what_they_can_do(tmp_path, logger, call):
-    run = SimpleNamespace(
-        log_dir=str(tmp_path), is_global_zero=True, global_step=7, loggers=[logger]
-    )
-    write_figure(run, "val/reliability", object, {})
-    assert logger.call == call
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_only_rank_zero_draws(tmp_path):
-    run = SimpleNamespace(log_dir=str(tmp_path), is_global_zero=False, global_step=0, loggers=[])
-    write_figure(run, "val/reliability", lambda: pytest.fail("drawn on another rank"), {})
-    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,219 @@
+"""What calibration figures show: the logged numbers, from state alone, over a resume."""
+
+import io
+import math
+import re
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from scipy.stats import beta, binom
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_reg.engine import ArgumentError
+from lightning_reg.engine.schedule import LinearSchedule
+from lightning_reg.metrics import ReliabilityBins
+from lightning_reg.monitors import CalibrationMonitor, PostHocCalibration
+from lightning_reg.monitors.calibration_drawings import accuracy_band, reliability_drawing
+from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
+
+ALL = list(CalibrationMonitor.figure_names)
+
+
+class Quiet(Host):
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+    test_step = validation_step
+
+
+def monitor(figures=(), **kwargs):
+    return CalibrationMonitor(figures=list(figures), **kwargs)
+
+
+def texts(figure):
+    found = [text.get_text() for text in figure.texts]
+    for axes in figure.axes:
+        found += [axes.get_title(), *(text.get_text() for text in axes.texts)]
+        legend = axes.get_legend()
+        found += [text.get_text() for text in legend.get_texts()] if legend else []
+    if figure._suptitle:
+        found.append(figure._suptitle.get_text())
+    return "\n".join(found)
+
+
+def drawn(figure, name):
+    return float(re.search(rf"{name} ([\d.e+-]+)", texts(figure)).group(1))
+
+
+def pixels(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba")
+    return buffer.getvalue()
+
+
+def saved_and_loaded(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fitted")
+    ours = monitor(ALL, metrics=["smece", "aurc"])
+    technique = Confidence(LinearSchedule(0.0, 0.2, end=2, by="epoch"))
+    run = trainer([technique, ours, PostHocCalibration()], max_epochs=3, default_root_dir=folder)
+    run.fit(Quiet(), loader(), loader())
+    return ours, run
+
+
+@pytest.mark.parametrize(
+    ("figure", "label", "key"),
+    [
+        ("reliability", "ECE", "ece"),
+        ("smooth", "smECE", "smece"),
+        ("risk_coverage", "AURC", "aurc"),
+    ],
+)
+def test_the_drawn_number_is_the_logged_one(fitted, figure, label, key):
+    ours, run = fitted
+    logged = float(run.callback_metrics[f"val/{key}"])
+    assert drawn(ours.figure(figure), label) == pytest.approx(logged, abs=5.1e-5)
+    assert logged > 1e-3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_figures_are_the_same_after_loading_a_state_without_samples(fitted, name):
+    ours, _ = fitted
+    fresh = monitor(ALL, metrics=["smece", "aurc"])
+    fresh.load_state_dict(saved_and_loaded(ours.state_dict()))
+    assert pixels(fresh.figure(name)) == pixels(ours.figure(name))
+
+
+def test_each_asked_figure_was_written_after_each_epoch(fitted):
+    _, run = fitted
+    names = [p.name for p in run_folder(run).glob("*.png")]
+    steps = {
+        "val_" + name: sorted(n for n in names if n.startswith(f"val_{name}_")) for name in ALL
+    }
+    assert {key: len(found) for key, found in steps.items()} == dict.fromkeys(steps, 3)
+
+
+def run_folder(run):
+    from pathlib import Path
+
+    return Path(run.default_root_dir) / "figures"
+
+
+def test_the_calibrated_side_is_that_of_the_callback(fitted):
+    ours, run = fitted
+    found = texts(ours.figure("temperature"))
+    errors = [float(x) for x in re.findall(r"ECE ([\d.]+)", found)]
+    wanted = [float(run.callback_metrics[f"val/ece{part}"]) for part in ("", "_calibrated")]
+    assert errors == pytest.approx(wanted, abs=5.1e-5)
+    calibrator = next(c for c in run.callbacks if isinstance(c, PostHocCalibration)).calibrator
+    assert drawn(ours.figure("temperature"), "T =") == pytest.approx(
+        calibrator.temperature, abs=5.1e-5
+    )
+
+
+def test_history_holds_each_epochs_values_and_strengths(fitted):
+    ours, _ = fitted
+    entries = ours.history["val"]
+    assert [e["epoch"] for e in entries] == [0, 1, 2]
+    assert [e["step"] for e in entries] == [4, 8, 12]
+    assert [e["strength/confidence"] for e in entries] == pytest.approx([0.0, 0.1, 0.2])
+    assert entries[-1]["ece"] == ours.results["val/ece"]
+
+
+def test_history_goes_on_after_a_resume(tmp_path):
+    def fit(epochs, **kwargs):
+        ours, save = monitor(), ModelCheckpoint(tmp_path, save_last=True)
+        run = trainer([ours, save], max_epochs=epochs, enable_checkpointing=True)
+        run.fit(Quiet(), loader(), loader(), **kwargs)
+        return ours
+
+    straight, first = fit(4), fit(2)
+    resumed = fit(4, ckpt_path=tmp_path / "last-v1.ckpt")
+    assert len(first.history["val"]) == 2
+    assert resumed.history == straight.history
+    assert resumed.results == straight.results
+
+
+def test_standalone_validation_and_the_sanity_check_leave_no_history():
+    ours = monitor()
+    run = trainer([ours], max_epochs=1, num_sanity_val_steps=2)
+    run.fit(Quiet(), loader(), loader())
+    run.validate(Quiet(), loader(), verbose=False)
+    run.test(Quiet(), loader(), verbose=False)
+    assert {tag: len(entries) for tag, entries in ours.history.items()} == {"val": 1}
+    assert set(ours.record.states) == {"val", "test"}
+
+
+def test_every_n_epochs_counts_epochs_of_the_fit(tmp_path):
+    ours = monitor(["reliability"], every_n_epochs=2)
+    run = trainer([ours], max_epochs=4, default_root_dir=tmp_path)
+    run.fit(Quiet(), loader(), loader())
+    names = sorted(p.name for p in run_folder(run).glob("*.png"))
+    assert names == [f"val_reliability_step_{step:08d}.png" for step in (4, 12)]
+
+
+def test_figures_without_what_they_show_are_refused():
+    with pytest.raises(ArgumentError, match="PostHocCalibration"):
+        trainer([monitor(["temperature"])]).validate(Quiet(), loader(), verbose=False)
+    with pytest.raises(ArgumentError, match="there is none among the callbacks"):
+        trainer([monitor(["strength"])]).validate(Quiet(), loader(), verbose=False)
+    with pytest.raises(ArgumentError, match="it has counted nothing"):
+        monitor().figure("reliability")
+    with pytest.raises(ArgumentError, match="`figures` must be a list"):
+        monitor().figure("pie")
+
+
+def test_metrics_that_count_alike_are_updated_once(monkeypatch):
+    from lightning_reg.metrics.fine_histogram import OrderMetric
+
+    calls = []
+    original = OrderMetric.accumulate
+    monkeypatch.setattr(
+        OrderMetric, "accumulate", lambda self, rows: (calls.append(1), original(self, rows))
+    )
+    trainer([monitor(metrics=["smece", "aurc"])]).validate(Quiet(), loader(64), verbose=False)
+    # The sanity check does not run in a standalone validation: one batch of 64.
+    assert len(calls) == 1
+
+
+def test_the_band_has_its_coverage_and_closed_ends():
+    bins = ReliabilityBins(
+        torch.tensor([0, 10, 10, 10]), torch.zeros(4), torch.tensor([0.0, 0.0, 3.0, 10.0])
+    )
+    low, high = accuracy_band(bins)
+    assert math.isnan(low[0])
+    assert (float(low[1]), float(high[3])) == (0.0, 1.0)
+    # At the ends of the interval the count is just improbable enough.
+    assert binom.sf(2, 10, float(low[2])) == pytest.approx(0.025)
+    assert binom.cdf(3, 10, float(high[2])) == pytest.approx(0.025)
+    assert float(high[1]) == pytest.approx(beta.ppf(0.975, 1, 10))
+
+
+def test_an_empty_diagram_is_drawn():
+    bins = ReliabilityBins(torch.zeros(5, dtype=torch.int64), torch.zeros(5), torch.zeros(5))
+    found = reliability_drawing(bins, band=accuracy_band(bins), title="nothing")
+    assert "n = 0" in texts(found.figure)
+    pixels(found.figure)
+
+
+def test_several_dataloaders_have_their_own_figures(tmp_path):
+    class Several(Quiet):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self(batch[0])
+
+    data = [DataLoader(TensorDataset(INPUTS[p], LABELS[p]), 16) for p in (slice(40), slice(40, 64))]
+    ours = monitor(["reliability"])
+    run = trainer([ours], max_epochs=1, default_root_dir=tmp_path)
+    run.fit(Several(), loader(), data)
+    for index, size in enumerate((40, 24)):
+        tag = f"val/dataloader_idx_{index}"
+        assert f"n = {size}" in texts(ours.figure("reliability", tag))
+        assert len(ours.history[tag]) == 1
+    assert len(list(run_folder(run).glob("*.png"))) == 2
