@@ -92,7 +92,7 @@ def _judge_top_k(scores: Tensor, chances: Tensor, targets: Tensor, top_k: int) -
     confidence = chances.topk(k, 1).values.sum(1)
     # Among equal scores the first classes come first, whatever the device's own order is.
     if targets.is_floating_point():
-        first = scores.sort(1, descending=True, stable=True).indices[:, :k]
+        first = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         return Judged(confidence, high_precision(targets.gather(1, first)).sum(1))
     own = targets.unsqueeze(1)
     score = scores.gather(1, own)
