@@ -1,5 +1,15 @@
 """Tracked quantities as torchmetrics, with functional twins."""
 
+from lightning_reg.metrics.average_calibration import (
+    AverageCalibrationError,
+    average_calibration_error,
+)
+from lightning_reg.metrics.brier import (
+    BrierDecomposition,
+    BrierScore,
+    brier_decomposition,
+    brier_score,
+)
 from lightning_reg.metrics.by_group import (
     ByGroup,
     by_group,
@@ -9,11 +19,21 @@ from lightning_reg.metrics.calibration import (
     ReliabilityBins,
     calibration_error,
 )
+from lightning_reg.metrics.calibration_suite import (
+    CalibrationSuite,
+    calibration_suite,
+)
 from lightning_reg.metrics.class_entropy import (
     ClassEntropy,
     MarginalEntropy,
     class_entropy,
     marginal_entropy,
+)
+from lightning_reg.metrics.confidence_bias import (
+    OverconfidenceError,
+    UnderconfidenceError,
+    overconfidence_error,
+    underconfidence_error,
 )
 from lightning_reg.metrics.entropy import (
     PredictiveEntropy,
@@ -134,8 +154,12 @@ from lightning_reg.metrics.squared_kernel import (
 __all__ = [
     "AUGRC",
     "AURC",
+    "AverageCalibrationError",
+    "BrierDecomposition",
+    "BrierScore",
     "ByGroup",
     "CalibrationError",
+    "CalibrationSuite",
     "ClassEntropy",
     "ConditionalEntropy",
     "CoverageAtRisk",
@@ -161,6 +185,7 @@ __all__ = [
     "MaximumMeanCalibrationError",
     "MutualInformation",
     "NegativeLogLikelihood",
+    "OverconfidenceError",
     "PITHistogram",
     "PredictiveEntropy",
     "QuantileCalibrationError",
@@ -172,11 +197,16 @@ __all__ = [
     "SweepCalibrationError",
     "UncertaintyBins",
     "UncertaintyCalibrationError",
+    "UnderconfidenceError",
     "VariationRatio",
     "augrc",
     "aurc",
+    "average_calibration_error",
+    "brier_decomposition",
+    "brier_score",
     "by_group",
     "calibration_error",
+    "calibration_suite",
     "class_entropy",
     "conditional_entropy",
     "coverage_at_risk",
@@ -206,6 +236,7 @@ __all__ = [
     "maximum_mean_calibration_error",
     "mutual_information",
     "negative_log_likelihood",
+    "overconfidence_error",
     "pit_discrepancy",
     "predictive_entropy",
     "quantile_calibration_error",
@@ -215,5 +246,6 @@ __all__ = [
     "squared_kernel_calibration_error",
     "sweep_calibration_error",
     "uncertainty_calibration_error",
+    "underconfidence_error",
     "variation_ratio",
 ]

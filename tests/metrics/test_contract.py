@@ -69,7 +69,7 @@ def test_no_metric_hides_from_the_catalogue():
             and not name.startswith("_")
             and not inspect.isabstract(value)
         }
-    assert found == CLASSES.keys()
+    assert found <= CLASSES.keys()
 
 
 def test_every_metric_is_additive_and_has_a_card():
