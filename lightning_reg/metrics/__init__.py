@@ -6,6 +6,24 @@ from lightning_reg.metrics.calibration import (
     calibration_error,
 )
 from lightning_reg.metrics.entropy import PredictiveEntropy, predictive_entropy
+from lightning_reg.metrics.equal_mass import (
+    EqualMassCalibrationError,
+    SweepCalibrationError,
+    equal_mass_calibration_error,
+    sweep_calibration_error,
+)
+from lightning_reg.metrics.kernel_calibration import (
+    KernelDensityCalibrationError,
+    MaximumMeanCalibrationError,
+    kernel_density_calibration_error,
+    maximum_mean_calibration_error,
+)
+from lightning_reg.metrics.kolmogorov_smirnov import (
+    KolmogorovSmirnovCalibrationError,
+    KuiperCalibrationError,
+    kolmogorov_smirnov_calibration_error,
+    kuiper_calibration_error,
+)
 from lightning_reg.metrics.likelihood import (
     ExpectedAccuracy,
     NegativeLogLikelihood,
@@ -13,16 +31,58 @@ from lightning_reg.metrics.likelihood import (
     negative_log_likelihood,
 )
 from lightning_reg.metrics.reliability import draw_reliability
+from lightning_reg.metrics.risk_coverage import (
+    CoverageAtRisk,
+    RiskAtCoverage,
+    coverage_at_risk,
+    risk_at_coverage,
+)
+from lightning_reg.metrics.selective import (
+    AUGRC,
+    AURC,
+    ExcessAURC,
+    augrc,
+    aurc,
+    excess_aurc,
+)
+from lightning_reg.metrics.smooth_calibration import (
+    SmoothCalibrationError,
+    smooth_calibration_error,
+)
 
 __all__ = [
+    "AUGRC",
+    "AURC",
     "CalibrationError",
+    "CoverageAtRisk",
+    "EqualMassCalibrationError",
+    "ExcessAURC",
     "ExpectedAccuracy",
+    "KernelDensityCalibrationError",
+    "KolmogorovSmirnovCalibrationError",
+    "KuiperCalibrationError",
+    "MaximumMeanCalibrationError",
     "NegativeLogLikelihood",
     "PredictiveEntropy",
     "ReliabilityBins",
+    "RiskAtCoverage",
+    "SmoothCalibrationError",
+    "SweepCalibrationError",
+    "augrc",
+    "aurc",
     "calibration_error",
+    "coverage_at_risk",
     "draw_reliability",
+    "equal_mass_calibration_error",
+    "excess_aurc",
     "expected_accuracy",
+    "kernel_density_calibration_error",
+    "kolmogorov_smirnov_calibration_error",
+    "kuiper_calibration_error",
+    "maximum_mean_calibration_error",
     "negative_log_likelihood",
     "predictive_entropy",
+    "risk_at_coverage",
+    "smooth_calibration_error",
+    "sweep_calibration_error",
 ]
