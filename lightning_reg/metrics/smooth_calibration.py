@@ -94,7 +94,7 @@ def absolute_integral(coefficients: Tensor) -> Tensor:
     """
     values = on_mesh(coefficients)
     left, right = values[:-1], values[1:]
-    crossed = ((left * right < 0) | (left == 0)).nonzero().flatten()
+    crossed = ((left * right < 0) | ((left == 0) & (right != 0))).nonzero().flatten()
     steps = left[crossed] / (left[crossed] - right[crossed])
     zeros = (crossed + torch.nan_to_num(steps)) / _MESH
     ends = torch.cat([zeros.new_tensor([0.0]), zeros, zeros.new_tensor([1.0])])
