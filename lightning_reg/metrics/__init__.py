@@ -1,5 +1,6 @@
 """Tracked quantities as torchmetrics, with functional twins."""
 
+from lightning_reg.metrics.by_group import ByGroup, by_group
 from lightning_reg.metrics.calibration import (
     CalibrationError,
     ReliabilityBins,
@@ -49,10 +50,15 @@ from lightning_reg.metrics.smooth_calibration import (
     SmoothCalibrationError,
     smooth_calibration_error,
 )
+from lightning_reg.metrics.squared_kernel import (
+    SquaredKernelCalibrationError,
+    squared_kernel_calibration_error,
+)
 
 __all__ = [
     "AUGRC",
     "AURC",
+    "ByGroup",
     "CalibrationError",
     "CoverageAtRisk",
     "EqualMassCalibrationError",
@@ -67,9 +73,11 @@ __all__ = [
     "ReliabilityBins",
     "RiskAtCoverage",
     "SmoothCalibrationError",
+    "SquaredKernelCalibrationError",
     "SweepCalibrationError",
     "augrc",
     "aurc",
+    "by_group",
     "calibration_error",
     "coverage_at_risk",
     "draw_reliability",
@@ -84,5 +92,6 @@ __all__ = [
     "predictive_entropy",
     "risk_at_coverage",
     "smooth_calibration_error",
+    "squared_kernel_calibration_error",
     "sweep_calibration_error",
 ]

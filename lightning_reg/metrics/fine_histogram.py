@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.paper import Paper
-from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.metrics.inputs import Rows, Task, high_precision, log_probabilities
+from lightning_reg.metrics.kept import KeepingMetric
 
 RESOLUTION = 2**15
 View = Literal["positive", "predicted"]
@@ -121,7 +121,7 @@ def fine_edges(resolution: int) -> Tensor:
     return torch.cat([low, 1 - low[: resolution - half].flip(0)])
 
 
-class OrderMetric(ExactMetric):
+class OrderMetric(KeepingMetric):
     """Base of metrics that depend on the order of confidences.
 
     A subclass supplies :meth:`statistic` and :meth:`bound`, and says by ``view`` how a binary
@@ -178,8 +178,8 @@ class OrderMetric(ExactMetric):
         self.exact = exact
         self.resolution = resolution
         if exact:
-            self.add_state("confidences", [], dist_reduce_fx="cat")
-            self.add_state("corrects", [], dist_reduce_fx="cat")
+            self.add_kept("confidences")
+            self.add_kept("corrects")
             return
         self.add_count("counts", resolution + 2)
         for name in ("confidence_sum", "correct_sum", "joint_sum"):
@@ -203,8 +203,8 @@ class OrderMetric(ExactMetric):
         if self.labels_only():
             self._refuse_soft(correct)
         if self.exact:
-            cast(list[Tensor], self.confidences).append(confidence.clone())
-            cast(list[Tensor], self.corrects).append(correct.clone())
+            self.keep("confidences", confidence)
+            self.keep("corrects", correct)
             return
         index = torch.bucketize(confidence, self._boundaries(confidence), right=True)
         self.counts = self.counts.index_add(0, index, torch.ones_like(index))
@@ -215,7 +215,7 @@ class OrderMetric(ExactMetric):
     def cells(self) -> Cells:
         """What has been counted: by this process, or by all within ``sync_context()``."""
         if self.exact:
-            return cells_of_samples(self._kept(self.confidences), self._kept(self.corrects))
+            return cells_of_samples(self.kept("confidences"), self.kept("corrects"))
         edges = fine_edges(self.resolution).to(self.confidence_sum)
         ends = edges.new_tensor([0.0]), edges.new_tensor([1.0])
         filled = self.counts > 0
@@ -270,17 +270,6 @@ class OrderMetric(ExactMetric):
         # the device.
         edges[0] = torch.finfo(like.dtype).tiny
         return edges.to(like)
-
-    def _kept(self, state: list[Tensor] | Tensor) -> Tensor:
-        if isinstance(state, Tensor):
-            return state
-        return torch.cat(state or [high_precision(torch.zeros(0, device=self.device))])
-
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # torchmetrics stands in for a rank that kept nothing with a tensor of another dtype.
-        for name in ("confidences", "corrects") if self.exact else ():
-            setattr(self, name, [self._kept(getattr(self, name))])
-        super()._sync_dist(*args, **kwargs)
 
 
 def _added(state: Tensor, index: Tensor, values: Tensor) -> Tensor:

@@ -98,6 +98,27 @@ def draw_smooth_reliability(
     return figure, axes
 
 
+def draw_groups(
+    names: list[str], values: list[float], *, label: str = "", ax: Any = None
+) -> tuple[Any, Any]:
+    """A bar for each group.
+
+    Args:
+        names: of the groups.
+        values: of the groups; NaN where there are no samples.
+        label: of the values.
+        ax: a matplotlib axes to draw into; a new figure without.
+
+    Returns:
+        The figure and the axes.
+    """
+    figure, axes = _axes(ax)
+    axes.barh(names, values, color=_LINE)
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
+    return figure, axes
+
+
 def _axes(ax: Any) -> tuple[Any, Any]:
     if ax is not None:
         return ax.figure, ax

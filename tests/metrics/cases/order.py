@@ -1,5 +1,8 @@
 """What depends on the order of confidences, and kernel estimates."""
 
+import torch
+
+from lightning_reg.metrics import AURC, CalibrationError, PredictiveEntropy
 from lightning_reg.testing import MetricCase
 from tests.metrics.cases.data import (
     BINARY_LOGITS,
@@ -53,9 +56,27 @@ def _always_kept(**args):
     ]
 
 
+GROUPS = torch.arange(60) ** 2 % 7 % 4
+
+
+def _grouped(metric, data, **case):
+    args = {"metric": metric, "num_groups": 5}
+    return MetricCase(args=args, data=(*data, GROUPS), **case)
+
+
 CASES = {
     "AUGRC": _usual(),
     "AURC": _usual(),
+    "ByGroup": [
+        _grouped(
+            CalibrationError(from_logits=True),
+            (LOGITS, TARGETS),
+            bad=((LOGITS, TARGETS, GROUPS + 4), (LOGITS, TARGETS, GROUPS[:5]), (LOGITS, TARGETS)),
+        ),
+        _grouped(AURC(from_logits=True, ignore_index=-100, resolution=4096), (LOGITS, IGNORED)),
+        _grouped(AURC(from_logits=True, exact=True), (LOGITS, TARGETS), exemptions=KEEPS),
+        _grouped(PredictiveEntropy(from_logits=True), (LOGITS,)),
+    ],
     "CoverageAtRisk": _usual(risk=0.5),
     "EqualMassCalibrationError": [
         *_usual(n_bins=7),
@@ -70,5 +91,23 @@ CASES = {
     "MaximumMeanCalibrationError": _usual(),
     "RiskAtCoverage": _usual(coverage=0.7),
     "SmoothCalibrationError": [*_usual(), *_usual(bandwidth=0.1)[:1]],
+    "SquaredKernelCalibrationError": [
+        *_always_kept(estimator="unbiased"),
+        *_always_kept(estimator="biased", kernel="gaussian"),
+        MetricCase(
+            args={"from_logits": True, "estimator": "unbiased", "ignore_index": -100},
+            data=(LOGITS, IGNORED),
+            exemptions=KEEPS,
+        ),
+        MetricCase(
+            args={"from_logits": True, "estimator": "block", "block_size": 5},
+            data=(LOGITS, SOFT),
+            bad=((LOGITS[:4], TARGETS[:3]), (LOGITS,)),
+            exemptions=dict.fromkeys(
+                ("batches", "order", "ranks"),
+                "pairs are formed within blocks of the samples of an update, as it says",
+            ),
+        ),
+    ],
     "SweepCalibrationError": _usual(),
 }
