@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.paper import Paper
-from lightning_reg.metrics.inputs import Rows, Task, high_precision, log_probabilities
+from lightning_reg.metrics.inputs import Rows, Task, high_precision, probabilities
 from lightning_reg.metrics.kept import KeepingMetric
 
 RESOLUTION = 2**15
@@ -177,6 +177,7 @@ class OrderMetric(KeepingMetric):
             )
         self.exact = exact
         self.resolution = resolution
+        self._edges: Tensor | None = None
         if exact:
             self.add_kept("confidences")
             self.add_kept("corrects")
@@ -207,10 +208,10 @@ class OrderMetric(KeepingMetric):
             self.keep("corrects", correct)
             return
         index = torch.bucketize(confidence, self._boundaries(confidence), right=True)
-        self.counts = self.counts.index_add(0, index, torch.ones_like(index))
-        self.confidence_sum = _added(self.confidence_sum, index, confidence)
-        self.correct_sum = _added(self.correct_sum, index, correct)
-        self.joint_sum = _added(self.joint_sum, index, confidence * correct)
+        self.counts.index_add_(0, index, torch.ones_like(index))
+        self.confidence_sum.index_add_(0, index, confidence)
+        self.correct_sum.index_add_(0, index, correct)
+        self.joint_sum.index_add_(0, index, confidence * correct)
 
     def cells(self) -> Cells:
         """What has been counted: by this process, or by all within ``sync_context()``."""
@@ -265,15 +266,13 @@ class OrderMetric(KeepingMetric):
         return read(cells)
 
     def _boundaries(self, like: Tensor) -> Tensor:
-        edges = fine_edges(self.resolution)
-        # Below the least normal number counts as 0: whether smaller ones are flushed is up to
-        # the device.
-        edges[0] = torch.finfo(like.dtype).tiny
-        return edges.to(like)
-
-
-def _added(state: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    return state.index_add(0, index, values.to(state))
+        if self._edges is None or self._edges.device != like.device:
+            edges = fine_edges(self.resolution)
+            # Below the least normal number counts as 0: whether smaller ones are flushed is up
+            # to the device.
+            edges[0] = torch.finfo(like.dtype).tiny
+            self._edges = edges.to(like)
+        return self._edges
 
 
 def _judge_binary(
@@ -290,7 +289,7 @@ def _judge_binary(
 def _judge_top(scores: Tensor, targets: Tensor, from_logits: bool) -> tuple[Tensor, Tensor]:
     top = scores.argmax(1, keepdim=True)
     if from_logits:
-        confidence = log_probabilities(scores, from_logits).gather(1, top).exp()
+        confidence = probabilities(scores, from_logits).gather(1, top)
     else:
         confidence = high_precision(scores.gather(1, top)).clamp(0, 1)
     if targets.is_floating_point():
