@@ -35,7 +35,7 @@ METRICS = {
     "mass l1": (EqualMassCalibrationError, {}),
     "mass l2": (EqualMassCalibrationError, {"norm": "l2"}),
     "mass max": (EqualMassCalibrationError, {"norm": "max"}),
-    "mass debiased": (EqualMassCalibrationError, {"norm": "l2", "debias": True}),
+    "mass debiased": (EqualMassCalibrationError, {"norm": "l2", "debiased": True}),
     "sweep": (SweepCalibrationError, {"max_bins": 64}),
     "smooth": (SmoothCalibrationError, {}),
     "smooth wide": (SmoothCalibrationError, {"bandwidth": 0.1}),
@@ -66,6 +66,13 @@ def test_zero_and_one_have_cells_of_their_own():
     score = KuiperCalibrationError(from_logits=False, task="binary", resolution=4)
     filled(score, np.array([0.0, 1e-300, 0.3, 1 - 2**-53, 1.0]), np.zeros(5, dtype=np.int64))
     assert score.counts.tolist() == [1, 1, 1, 0, 1, 1]
+
+
+def test_a_probability_that_rounding_puts_above_one_is_one():
+    metric = AURC(from_logits=False, resolution=4)
+    metric.update(torch.tensor([[1.0005, 0.0]]), torch.tensor([0]))
+    assert metric.counts.tolist() == [0, 0, 0, 0, 0, 1]
+    assert float(metric.confidence_sum.sum()) == 1
 
 
 @pytest.mark.parametrize("resolution", [8, 256, 2**15])

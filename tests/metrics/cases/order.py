@@ -82,7 +82,7 @@ CASES = {
         *_usual(n_bins=7),
         *_usual(n_bins=7, norm="l2")[:1],
         *_usual(n_bins=7, norm="max")[:1],
-        *_usual(soft=False, n_bins=7, norm="l2", debias=True)[:1],
+        *_usual(soft=False, n_bins=7, norm="l2", debiased=True)[:1],
     ],
     "ExcessAURC": _usual(soft=False),
     "KernelDensityCalibrationError": _always_kept(bandwidth=0.1),
