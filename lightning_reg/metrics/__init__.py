@@ -31,6 +31,10 @@ from lightning_reg.metrics.likelihood import (
     expected_accuracy,
     negative_log_likelihood,
 )
+from lightning_reg.metrics.opis import (
+    OperatingPointInconsistency,
+    operating_point_inconsistency,
+)
 from lightning_reg.metrics.reliability import draw_reliability
 from lightning_reg.metrics.risk_coverage import (
     CoverageAtRisk,
@@ -69,6 +73,7 @@ __all__ = [
     "KuiperCalibrationError",
     "MaximumMeanCalibrationError",
     "NegativeLogLikelihood",
+    "OperatingPointInconsistency",
     "PredictiveEntropy",
     "ReliabilityBins",
     "RiskAtCoverage",
@@ -89,6 +94,7 @@ __all__ = [
     "kuiper_calibration_error",
     "maximum_mean_calibration_error",
     "negative_log_likelihood",
+    "operating_point_inconsistency",
     "predictive_entropy",
     "risk_at_coverage",
     "smooth_calibration_error",
