@@ -110,6 +110,10 @@ from lightning_reg.metrics.members import (
     mutual_information,
     variation_ratio,
 )
+from lightning_reg.metrics.opis import (
+    OperatingPointInconsistency,
+    operating_point_inconsistency,
+)
 from lightning_reg.metrics.pit import (
     PITHistogram,
     pit_discrepancy,
@@ -185,6 +189,7 @@ __all__ = [
     "MaximumMeanCalibrationError",
     "MutualInformation",
     "NegativeLogLikelihood",
+    "OperatingPointInconsistency",
     "OverconfidenceError",
     "PITHistogram",
     "PredictiveEntropy",
@@ -236,6 +241,7 @@ __all__ = [
     "maximum_mean_calibration_error",
     "mutual_information",
     "negative_log_likelihood",
+    "operating_point_inconsistency",
     "overconfidence_error",
     "pit_discrepancy",
     "predictive_entropy",
