@@ -283,6 +283,7 @@ def test_the_calibrator_goes_with_the_checkpoint(calibrator, tmp_path):
     fresh = trainer([PostHocCalibration(calibrator())])
     again = fresh.predict(Silent(), loader(), ckpt_path=saved.last_model_path)
     assert torch.equal(torch.cat(again), predicted)
+    assert fresh.callbacks[-1].results["val/nll_calibrated"] == ours.results["val/nll_calibrated"]
     other = trainer([PostHocCalibration(VectorScaling())])
     with pytest.raises(RegularizationError, match=calibrator.__name__):
         other.predict(Silent(), loader(), ckpt_path=saved.last_model_path)
