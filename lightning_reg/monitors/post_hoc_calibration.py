@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_reg.calibrators.calibrator import Calibrator
 from lightning_reg.calibrators.temperature import TemperatureScaling
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import ArgumentError, RegularizationError, UnsupportedError
-from lightning_reg.engine.observe import Observer, evaluating
-from lightning_reg.engine.sampler import padding_mask
+from lightning_reg.engine.observe import held_out_steps, validation_loaders
 from lightning_reg.engine.signals import SignalReader, Signals
 from lightning_reg.engine.step import Step
 from lightning_reg.metrics.calibration import CalibrationError
@@ -179,11 +177,9 @@ class PostHocCalibration(Monitor):
             return
         loader = self.dataloader
         if loader is None:
-            loaders = trainer.val_dataloaders
-            loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
-            loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-            if loaders == [None] or self.dataloader_idx >= len(loaders):
-                raise self._no_such_loader(0 if loaders == [None] else len(loaders))
+            loaders = validation_loaders(trainer)
+            if self.dataloader_idx >= len(loaders):
+                raise self._no_such_loader(len(loaders))
             loader = loaders[self.dataloader_idx]
         kept = self._pass(trainer, pl_module, loader)
         self._fit(trainer, kept)
@@ -196,35 +192,8 @@ class PostHocCalibration(Monitor):
 
     def _pass(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> list[Rows]:
         """The rows of this rank's share of a dataloader."""
-        comm, kept = Communicator.of(trainer), []
-        spread = hasattr(getattr(loader, "sampler", None), "num_replicas")
-        observer = Observer(self, trainer, module, "forward")  # type: ignore[arg-type]
-
-        def forward(batch: Any) -> Any:
-            step = Step(observer, batch, 0)  # type: ignore[arg-type]
-            step.hook = "forward"
-            return module(step.asked_by(self).inputs)  # type: ignore[arg-type]
-
-        try:
-            with (
-                evaluating(module),
-                torch.no_grad(),
-                trainer.precision_plugin.forward_context(),
-            ):
-                for index, given in enumerate(loader):
-                    batch = trainer.strategy.batch_to_device(given, dataloader_idx=0)
-                    step = observer.observe(forward, batch, index)
-                    if not spread and index % comm.world_size != comm.rank:
-                        continue
-                    size = len(step.logits)
-                    repeated = padding_mask(loader, index, size, step.logits.device)
-                    rows = rows_of(
-                        self, self.calibrator, step, None if repeated is None else ~repeated
-                    )
-                    kept.append(rows.copy())
-        finally:
-            observer.close()
-        return kept
+        steps = held_out_steps(self, trainer, module, loader)  # type: ignore[arg-type]
+        return [rows_of(self, self.calibrator, *found).copy() for found in steps]
 
     def _log_fit(self, trainer: pl.Trainer, module: pl.LightningModule, kept: list[Rows]) -> None:
         metrics = {name: m.to(module.device) for name, m in self.build_metrics().items()}
