@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg.engine import ArgumentError
 from lightning_reg.mechanisms.batches import in_batches
 from lightning_reg.mechanisms.proximal_penalty import ProximalPenalty, soft_threshold
-from tests.engine.simple import Host, fit, trainer, weights
+from tests.engine.simple import Host, fit, trainer
 
 
 class Ridge(ProximalPenalty):
