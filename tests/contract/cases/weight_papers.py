@@ -10,6 +10,8 @@ from lightning_reg.techniques.weights.parallel_path_product_penalty import (
     parallel_path_product_penalty,
 )
 from lightning_reg.techniques.weights.path_norm_penalty import path_norm_penalty
+from lightning_reg.techniques.weights.spectral_regularization import spectral_regularization
+from lightning_reg.techniques.weights.wasserstein_init import wasserstein_init
 from lightning_reg.testing import ContractCase, ImageHost
 
 NEUTRAL = {"strength": 0.0}
@@ -19,6 +21,15 @@ NOWHERE = [{"parameters": "no_such_name"}]
 def _matrix(rows=5, columns=4):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, columns, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def _spectral(probe):
+    module = probe.module
+    layers = [module.stem[0], module.encoder[1], module.head]
+    return sum(
+        spectral_regularization(layer.weight) + spectral_regularization(layer.bias, kind="bias")
+        for layer in layers
+    )
 
 
 def _kernel():
@@ -71,5 +82,27 @@ CASES = {
         host=ImageHost,
         expected=lambda probe: orthogonal_conv_regularizer(probe.module.stem[0].weight, 2),
         gradcheck=lambda: (orthogonal_conv_regularizer, (_kernel(),)),
+    ),
+    "SpectralRegularization": ContractCase(
+        args={"strength": 0.3},
+        neutral=NEUTRAL,
+        bad=[{"strength": -1.0}, {"mode": "both"}, {"k": 0}, {"k": 1.5}],
+        bad_late=NOWHERE,
+        host=ImageHost,
+        expected=_spectral,
+        gradcheck=lambda: (spectral_regularization, (_kernel(),)),
+    ),
+    "WassersteinInit": ContractCase(
+        args={"strength": 300.0},
+        neutral=NEUTRAL,
+        bad=[{"strength": -1.0}],
+        bad_late=NOWHERE,
+        # Nothing has moved when the first value is logged.
+        expected=lambda probe: sum(
+            wasserstein_init(w, probe.technique.reference[n])
+            for n, w in probe.module.named_parameters()
+            if w.requires_grad
+        ),
+        gradcheck=lambda: (wasserstein_init, (_matrix(), _matrix(4, 5).detach())),
     ),
 }
