@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_reg.engine.batch_rows import batch_size, take_rows
 from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.checks import (
     acts_in_loss,
@@ -235,7 +236,7 @@ class TrainingStepPipeline:
         self.applied.update(t.name for t in active)
         return self._regularized(step, active)
 
-    def rerun(self, step: Step) -> Tensor:
+    def rerun(self, step: Step, look: Callable[[], object] | None = None) -> Tensor:
         """Phases 2 to 4 of ``step`` once more, without a trace; see :meth:`Step.rerun`."""
         state, original, args, kwargs = self._replay[id(step)]
         outputs, loss, records = step.outputs, step.loss, step.records
@@ -244,6 +245,8 @@ class TrainingStepPipeline:
         try:
             with without_trace(self.module), replayed_rng(state, self._devices()):
                 total = self._evaluate(step, self._active(step), original, args, kwargs)
+                if look is not None:
+                    look()
         finally:
             step.is_rerun = False
             step.outputs, step.loss, step.records = outputs, loss, records
@@ -253,6 +256,16 @@ class TrainingStepPipeline:
                 "lightning_reg", "`training_step` returned a loss first and None when run again"
             )
         return total
+
+    def part(self, step: Step, rows: Tensor) -> Step:
+        """See :meth:`Step.part`."""
+        size = batch_size(step.batch)
+        part = Step(self, take_rows(step.batch, rows, size), step.batch_idx)
+        index = step.sample_index
+        part._index = None if index is None else index[rows]
+        part.rows, part.whole_size, part.given = rows, size, step.given
+        self._replay[id(part)] = self._replay[id(step)]
+        return part
 
     def forget(self, step: Step) -> None:
         """Drop what a re-run of ``step`` would need."""
