@@ -212,11 +212,5 @@ class LookSAM(NormalizedAscent):
         """Take a saved direction."""
         self._direction = dict(state_dict["direction"])
 
-    def on_reference(self, trainer: Any, pl_module: Any) -> None:
-        """A run that starts anew has no direction."""
-        super().on_reference(trainer, pl_module)
-        if int(trainer.global_step) == 0:
-            self._direction = {}
-
 
 __all__ = ["LookSAM", "look_sam_direction", "look_sam_gradient"]

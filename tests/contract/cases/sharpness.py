@@ -3,13 +3,17 @@
 import random
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_reg.engine.random import base_seed, stream_seed
 from lightning_reg.mechanisms.normalized_ascent import normalized_ascent
 from lightning_reg.techniques.sharpness.gsam import gsam_gradient
 from lightning_reg.techniques.sharpness.look_sam import look_sam_gradient
+from lightning_reg.techniques.sharpness.mesa import mesa_divergence
+from lightning_reg.techniques.sharpness.saf import SAF, trajectory_loss
 from lightning_reg.techniques.sharpness.wsam import wsam_gradient
 from lightning_reg.testing import ContractCase, Probe
+from lightning_reg.testing.hosts import CLASSES, SAMPLES
 
 RHO, BETA = 0.3, 0.7
 
@@ -52,6 +56,41 @@ def _of_two(function, **arguments):
     return make
 
 
+class Past(Callback):
+    """Gives SAF a past: the first epoch of a run has none, and a check trains one."""
+
+    def setup(self, trainer, pl_module, stage):
+        for callback in trainer.callbacks:
+            if isinstance(callback, SAF):
+                state = {"table": _table(), "seen": torch.ones(SAMPLES, dtype=torch.bool)}
+                callback.load_state_dict({"memories": [{}, state], "begun": -1})
+
+
+def _past():
+    return [Past()]
+
+
+def _nothing(probe: Probe) -> float:
+    return 0.0
+
+
+def _table():
+    return 3 * torch.arange(float(SAMPLES * CLASSES)).view(SAMPLES, CLASSES).sin()
+
+
+def _saf(probe: Probe) -> torch.Tensor:
+    return trajectory_loss(probe.logits, _table()[probe.index].to(probe.logits), 2.0).mean()
+
+
+def _divergence(function):
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(5, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        return function, (logits, torch.randn(5, 4, dtype=torch.float64, generator=generator), 2.0)
+
+    return make
+
+
 # "rank" takes a whole accumulation window, which the check of accumulation compares; "global" is
 # the option under which ranks equal one process.
 CASES = {
@@ -85,5 +124,21 @@ CASES = {
         bad=[{"rho": -0.1}, {"beta": 0.0}, {"gamma": 1.5}, {"sharpness": "all"}],
         expected=_esam,
         joint={"sharpness": "global", "gamma": 1.0},
+    ),
+    "SAF": ContractCase(
+        args={"strength": 1.0, "temperature": 2.0, "lag": 1, "start": 0},
+        neutral={"strength": 0.0},
+        bad=[{"strength": -1.0}, {"temperature": 0.0}, {"lag": 0}, {"start": -1}],
+        companions=_past,
+        expected=_saf,
+        gradcheck=_divergence(trajectory_loss),
+    ),
+    "MESA": ContractCase(
+        args={"strength": 20.0, "decay": 0.9, "temperature": 2.0, "start": 0},
+        neutral={"strength": 0.0},
+        bad=[{"strength": -1.0}, {"temperature": 0.0}, {"decay": 1.5}, {"start": -1}],
+        # At the first step the average is the weights themselves.
+        expected=_nothing,
+        gradcheck=_divergence(mesa_divergence),
     ),
 }
