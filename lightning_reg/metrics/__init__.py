@@ -5,7 +5,19 @@ from lightning_reg.metrics.calibration import (
     ReliabilityBins,
     calibration_error,
 )
+from lightning_reg.metrics.class_entropy import (
+    ClassEntropy,
+    MarginalEntropy,
+    class_entropy,
+    marginal_entropy,
+)
 from lightning_reg.metrics.entropy import PredictiveEntropy, predictive_entropy
+from lightning_reg.metrics.entropy_separation import (
+    EntropyHistogram,
+    EntropySeparation,
+    draw_entropies,
+    entropy_separation,
+)
 from lightning_reg.metrics.gaussian_scores import (
     GaussianCRPS,
     GaussianNLL,
@@ -13,6 +25,12 @@ from lightning_reg.metrics.gaussian_scores import (
     gaussian_crps,
     gaussian_nll,
     sharpness,
+)
+from lightning_reg.metrics.information import (
+    ConditionalEntropy,
+    LabelInformation,
+    conditional_entropy,
+    label_information,
 )
 from lightning_reg.metrics.intervals import (
     IntervalCoverage,
@@ -28,6 +46,16 @@ from lightning_reg.metrics.likelihood import (
     expected_accuracy,
     negative_log_likelihood,
 )
+from lightning_reg.metrics.members import (
+    EnsembleEntropy,
+    ExpectedEntropy,
+    MutualInformation,
+    VariationRatio,
+    ensemble_entropy,
+    expected_entropy,
+    mutual_information,
+    variation_ratio,
+)
 from lightning_reg.metrics.pit import PITHistogram, pit_discrepancy
 from lightning_reg.metrics.quantiles import QuantileCalibrationError, quantile_calibration_error
 from lightning_reg.metrics.regression_calibration import (
@@ -41,12 +69,21 @@ from lightning_reg.metrics.reliability import draw_reliability
 
 __all__ = [
     "CalibrationError",
+    "ClassEntropy",
+    "ConditionalEntropy",
+    "EnsembleEntropy",
+    "EntropyHistogram",
+    "EntropySeparation",
     "ExpectedAccuracy",
+    "ExpectedEntropy",
     "ExpectedNormalizedCalibrationError",
     "GaussianCRPS",
     "GaussianNLL",
     "IntervalCoverage",
     "IntervalWidth",
+    "LabelInformation",
+    "MarginalEntropy",
+    "MutualInformation",
     "NegativeLogLikelihood",
     "PITHistogram",
     "PredictiveEntropy",
@@ -55,9 +92,16 @@ __all__ = [
     "Sharpness",
     "UncertaintyBins",
     "UncertaintyCalibrationError",
+    "VariationRatio",
     "calibration_error",
+    "class_entropy",
+    "conditional_entropy",
+    "draw_entropies",
     "draw_reliability",
+    "ensemble_entropy",
+    "entropy_separation",
     "expected_accuracy",
+    "expected_entropy",
     "expected_normalized_calibration_error",
     "gaussian_crps",
     "gaussian_interval",
@@ -65,10 +109,14 @@ __all__ = [
     "gaussian_quantiles",
     "interval_coverage",
     "interval_width",
+    "label_information",
+    "marginal_entropy",
+    "mutual_information",
     "negative_log_likelihood",
     "pit_discrepancy",
     "predictive_entropy",
     "quantile_calibration_error",
     "sharpness",
     "uncertainty_calibration_error",
+    "variation_ratio",
 ]
