@@ -1,5 +1,10 @@
 """Tracked quantities as torchmetrics, with functional twins."""
 
+from lightning_reg.metrics.attention_entropy import (
+    AttentionEntropy,
+    attention_entropy,
+    draw_attention_entropy,
+)
 from lightning_reg.metrics.calibration import (
     CalibrationError,
     ReliabilityBins,
@@ -17,6 +22,13 @@ from lightning_reg.metrics.entropy_separation import (
     EntropySeparation,
     draw_entropies,
     entropy_separation,
+)
+from lightning_reg.metrics.functional_entropy import (
+    FunctionalEntropy,
+    FunctionalFisherInformation,
+    functional_entropy,
+    functional_fisher_information,
+    perturbed_cross_entropy,
 )
 from lightning_reg.metrics.gaussian_scores import (
     GaussianCRPS,
@@ -40,6 +52,7 @@ from lightning_reg.metrics.intervals import (
     interval_coverage,
     interval_width,
 )
+from lightning_reg.metrics.language import BitsPerByte, Perplexity, bits_per_byte, perplexity
 from lightning_reg.metrics.likelihood import (
     ExpectedAccuracy,
     NegativeLogLikelihood,
@@ -66,8 +79,24 @@ from lightning_reg.metrics.regression_calibration import (
     uncertainty_calibration_error,
 )
 from lightning_reg.metrics.reliability import draw_reliability
+from lightning_reg.metrics.rolling_entropy import (
+    HighEntropyShare,
+    RollingEntropy,
+    high_entropy_share,
+    rolling_entropy,
+)
+from lightning_reg.metrics.routing import (
+    ExpertLoadEntropy,
+    RouterEntropy,
+    RoutingInformation,
+    expert_load_entropy,
+    router_entropy,
+    routing_information,
+)
 
 __all__ = [
+    "AttentionEntropy",
+    "BitsPerByte",
     "CalibrationError",
     "ClassEntropy",
     "ConditionalEntropy",
@@ -77,8 +106,12 @@ __all__ = [
     "ExpectedAccuracy",
     "ExpectedEntropy",
     "ExpectedNormalizedCalibrationError",
+    "ExpertLoadEntropy",
+    "FunctionalEntropy",
+    "FunctionalFisherInformation",
     "GaussianCRPS",
     "GaussianNLL",
+    "HighEntropyShare",
     "IntervalCoverage",
     "IntervalWidth",
     "LabelInformation",
@@ -86,16 +119,23 @@ __all__ = [
     "MutualInformation",
     "NegativeLogLikelihood",
     "PITHistogram",
+    "Perplexity",
     "PredictiveEntropy",
     "QuantileCalibrationError",
     "ReliabilityBins",
+    "RollingEntropy",
+    "RouterEntropy",
+    "RoutingInformation",
     "Sharpness",
     "UncertaintyBins",
     "UncertaintyCalibrationError",
     "VariationRatio",
+    "attention_entropy",
+    "bits_per_byte",
     "calibration_error",
     "class_entropy",
     "conditional_entropy",
+    "draw_attention_entropy",
     "draw_entropies",
     "draw_reliability",
     "ensemble_entropy",
@@ -103,19 +143,28 @@ __all__ = [
     "expected_accuracy",
     "expected_entropy",
     "expected_normalized_calibration_error",
+    "expert_load_entropy",
+    "functional_entropy",
+    "functional_fisher_information",
     "gaussian_crps",
     "gaussian_interval",
     "gaussian_nll",
     "gaussian_quantiles",
+    "high_entropy_share",
     "interval_coverage",
     "interval_width",
     "label_information",
     "marginal_entropy",
     "mutual_information",
     "negative_log_likelihood",
+    "perplexity",
+    "perturbed_cross_entropy",
     "pit_discrepancy",
     "predictive_entropy",
     "quantile_calibration_error",
+    "rolling_entropy",
+    "router_entropy",
+    "routing_information",
     "sharpness",
     "uncertainty_calibration_error",
     "variation_ratio",
