@@ -63,6 +63,7 @@ from lightning_reg.metrics.kolmogorov_smirnov import KolmogorovSmirnovCalibratio
 from lightning_reg.metrics.kolmogorov_smirnov import KuiperCalibrationError as KuiperCalibrationError
 from lightning_reg.metrics.likelihood import ExpectedAccuracy as ExpectedAccuracy
 from lightning_reg.metrics.likelihood import NegativeLogLikelihood as NegativeLogLikelihood
+from lightning_reg.metrics.margin import ProbabilityMargin as ProbabilityMargin
 from lightning_reg.metrics.members import EnsembleEntropy as EnsembleEntropy
 from lightning_reg.metrics.members import ExpectedEntropy as ExpectedEntropy
 from lightning_reg.metrics.members import MutualInformation as MutualInformation

@@ -76,6 +76,7 @@ from lightning_reg.metrics.likelihood import (
     expected_accuracy,
     negative_log_likelihood,
 )
+from lightning_reg.metrics.margin import ProbabilityMargin, probability_margin
 from lightning_reg.metrics.members import (
     EnsembleEntropy,
     ExpectedEntropy,
@@ -163,6 +164,7 @@ __all__ = [
     "NegativeLogLikelihood",
     "PITHistogram",
     "PredictiveEntropy",
+    "ProbabilityMargin",
     "QuantileCalibrationError",
     "ReliabilityBins",
     "RiskAtCoverage",
@@ -208,6 +210,7 @@ __all__ = [
     "negative_log_likelihood",
     "pit_discrepancy",
     "predictive_entropy",
+    "probability_margin",
     "quantile_calibration_error",
     "risk_at_coverage",
     "sharpness",
