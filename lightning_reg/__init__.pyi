@@ -82,6 +82,8 @@ from lightning_reg.metrics.sharpness import HessianTrace as HessianTrace
 from lightning_reg.metrics.smooth_calibration import SmoothCalibrationError as SmoothCalibrationError
 from lightning_reg.metrics.squared_kernel import SquaredKernelCalibrationError as SquaredKernelCalibrationError
 from lightning_reg.monitors.calibration import CalibrationMonitor as CalibrationMonitor
+from lightning_reg.monitors.monitor import Monitor as Monitor
+from lightning_reg.monitors.overfit import OverfitMonitor as OverfitMonitor
 from lightning_reg.monitors.post_hoc_calibration import PostHocCalibration as PostHocCalibration
 from lightning_reg.monitors.sharpness import SharpnessMonitor as SharpnessMonitor
 from lightning_reg.strategies.ddp_reg import RegularizedDDPStrategy as RegularizedDDPStrategy
