@@ -53,6 +53,8 @@ from lightning_reg.metrics.equal_mass import SweepCalibrationError as SweepCalib
 from lightning_reg.metrics.gaussian_scores import GaussianCRPS as GaussianCRPS
 from lightning_reg.metrics.gaussian_scores import GaussianNLL as GaussianNLL
 from lightning_reg.metrics.gaussian_scores import Sharpness as Sharpness
+from lightning_reg.metrics.hessian_estimates import HessianTopEigenvalue as HessianTopEigenvalue
+from lightning_reg.metrics.hessian_estimates import HessianTrace as HessianTrace
 from lightning_reg.metrics.information import ConditionalEntropy as ConditionalEntropy
 from lightning_reg.metrics.information import LabelInformation as LabelInformation
 from lightning_reg.metrics.intervals import IntervalCoverage as IntervalCoverage
@@ -77,8 +79,6 @@ from lightning_reg.metrics.risk_coverage import RiskAtCoverage as RiskAtCoverage
 from lightning_reg.metrics.selective import AUGRC as AUGRC
 from lightning_reg.metrics.selective import AURC as AURC
 from lightning_reg.metrics.selective import ExcessAURC as ExcessAURC
-from lightning_reg.metrics.sharpness import HessianTopEigenvalue as HessianTopEigenvalue
-from lightning_reg.metrics.sharpness import HessianTrace as HessianTrace
 from lightning_reg.metrics.smooth_calibration import SmoothCalibrationError as SmoothCalibrationError
 from lightning_reg.metrics.squared_kernel import SquaredKernelCalibrationError as SquaredKernelCalibrationError
 from lightning_reg.monitors.calibration import CalibrationMonitor as CalibrationMonitor

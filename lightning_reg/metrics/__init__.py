@@ -44,6 +44,10 @@ from lightning_reg.metrics.hessian import (
     hessian_spectrum,
     hessian_trace,
 )
+from lightning_reg.metrics.hessian_estimates import (
+    HessianTopEigenvalue,
+    HessianTrace,
+)
 from lightning_reg.metrics.information import (
     ConditionalEntropy,
     LabelInformation,
@@ -118,10 +122,6 @@ from lightning_reg.metrics.selective import (
     augrc,
     aurc,
     excess_aurc,
-)
-from lightning_reg.metrics.sharpness import (
-    HessianTopEigenvalue,
-    HessianTrace,
 )
 from lightning_reg.metrics.smooth_calibration import (
     SmoothCalibrationError,
