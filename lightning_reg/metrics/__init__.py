@@ -1,5 +1,10 @@
 """Tracked quantities as torchmetrics, with functional twins."""
 
+from lightning_reg.metrics.attention_entropy import (
+    AttentionEntropy,
+    attention_entropy,
+    draw_attention_entropy,
+)
 from lightning_reg.metrics.by_group import (
     ByGroup,
     by_group,
@@ -30,6 +35,13 @@ from lightning_reg.metrics.equal_mass import (
     SweepCalibrationError,
     equal_mass_calibration_error,
     sweep_calibration_error,
+)
+from lightning_reg.metrics.functional_entropy import (
+    FunctionalEntropy,
+    FunctionalFisherInformation,
+    functional_entropy,
+    functional_fisher_information,
+    perturbed_cross_entropy,
 )
 from lightning_reg.metrics.gaussian_scores import (
     GaussianCRPS,
@@ -74,13 +86,22 @@ from lightning_reg.metrics.kolmogorov_smirnov import (
     kolmogorov_smirnov_calibration_error,
     kuiper_calibration_error,
 )
+from lightning_reg.metrics.language import (
+    BitsPerByte,
+    Perplexity,
+    bits_per_byte,
+    perplexity,
+)
 from lightning_reg.metrics.likelihood import (
     ExpectedAccuracy,
     NegativeLogLikelihood,
     expected_accuracy,
     negative_log_likelihood,
 )
-from lightning_reg.metrics.margin import ProbabilityMargin, probability_margin
+from lightning_reg.metrics.margin import (
+    ProbabilityMargin,
+    probability_margin,
+)
 from lightning_reg.metrics.members import (
     EnsembleEntropy,
     ExpectedEntropy,
@@ -115,6 +136,20 @@ from lightning_reg.metrics.risk_coverage import (
     coverage_at_risk,
     risk_at_coverage,
 )
+from lightning_reg.metrics.rolling_entropy import (
+    HighEntropyShare,
+    RollingEntropy,
+    high_entropy_share,
+    rolling_entropy,
+)
+from lightning_reg.metrics.routing import (
+    ExpertLoadEntropy,
+    RouterEntropy,
+    RoutingInformation,
+    expert_load_entropy,
+    router_entropy,
+    routing_information,
+)
 from lightning_reg.metrics.selective import (
     AUGRC,
     AURC,
@@ -135,6 +170,8 @@ from lightning_reg.metrics.squared_kernel import (
 __all__ = [
     "AUGRC",
     "AURC",
+    "AttentionEntropy",
+    "BitsPerByte",
     "ByGroup",
     "CalibrationError",
     "ClassEntropy",
@@ -148,10 +185,14 @@ __all__ = [
     "ExpectedAccuracy",
     "ExpectedEntropy",
     "ExpectedNormalizedCalibrationError",
+    "ExpertLoadEntropy",
+    "FunctionalEntropy",
+    "FunctionalFisherInformation",
     "GaussianCRPS",
     "GaussianNLL",
     "HessianTopEigenvalue",
     "HessianTrace",
+    "HighEntropyShare",
     "IntervalCoverage",
     "IntervalWidth",
     "KernelDensityCalibrationError",
@@ -163,11 +204,15 @@ __all__ = [
     "MutualInformation",
     "NegativeLogLikelihood",
     "PITHistogram",
+    "Perplexity",
     "PredictiveEntropy",
     "ProbabilityMargin",
     "QuantileCalibrationError",
     "ReliabilityBins",
     "RiskAtCoverage",
+    "RollingEntropy",
+    "RouterEntropy",
+    "RoutingInformation",
     "Sharpness",
     "SmoothCalibrationError",
     "SquaredKernelCalibrationError",
@@ -175,13 +220,16 @@ __all__ = [
     "UncertaintyBins",
     "UncertaintyCalibrationError",
     "VariationRatio",
+    "attention_entropy",
     "augrc",
     "aurc",
+    "bits_per_byte",
     "by_group",
     "calibration_error",
     "class_entropy",
     "conditional_entropy",
     "coverage_at_risk",
+    "draw_attention_entropy",
     "draw_entropies",
     "draw_reliability",
     "ensemble_entropy",
@@ -191,6 +239,9 @@ __all__ = [
     "expected_accuracy",
     "expected_entropy",
     "expected_normalized_calibration_error",
+    "expert_load_entropy",
+    "functional_entropy",
+    "functional_fisher_information",
     "gaussian_crps",
     "gaussian_interval",
     "gaussian_nll",
@@ -198,6 +249,7 @@ __all__ = [
     "hessian_eigenvalues",
     "hessian_spectrum",
     "hessian_trace",
+    "high_entropy_share",
     "interval_coverage",
     "interval_width",
     "kernel_density_calibration_error",
@@ -208,11 +260,16 @@ __all__ = [
     "maximum_mean_calibration_error",
     "mutual_information",
     "negative_log_likelihood",
+    "perplexity",
+    "perturbed_cross_entropy",
     "pit_discrepancy",
     "predictive_entropy",
     "probability_margin",
     "quantile_calibration_error",
     "risk_at_coverage",
+    "rolling_entropy",
+    "router_entropy",
+    "routing_information",
     "sharpness",
     "smooth_calibration_error",
     "squared_kernel_calibration_error",

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-BLOCK = 2**20
-"""Numbers in a block: 8 MiB in float64."""
+from lightning_reg.metrics.inputs import _block_size
 
 
 def split_alike(
-    tensors: Sequence[Tensor], positions: int, limit: int = BLOCK
+    tensors: Sequence[Tensor], positions: int, limit: int | None = None
 ) -> Iterator[list[Tensor]]:
     """Views of tensors that share their first dimensions, block by block.
 
@@ -21,8 +20,11 @@ def split_alike(
     Args:
         tensors: their first ``positions`` dimensions are the same.
         positions: how many dimensions may be cut.
-        limit: numbers of the first tensor in a block.
+        limit: numbers of the first tensor in a block; what fits into a processor's cache, or
+            more on other devices, by default.
     """
+    if limit is None:
+        limit = _block_size(tensors[0])
     sizes = tensors[0].shape[:positions]
     if tensors[0].numel() <= limit or max(sizes, default=1) == 1:
         yield list(tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ LEFT_OUT = -1
 _BLOCK = 2**19
 _DEVICE_BLOCK = 2**25
 _NARROW = 32
+_CHUNK = 64
 
 
 class Rows(NamedTuple):
@@ -79,8 +81,7 @@ def read_blocks(
         validate: check values too, which costs a host sync.
     """
     check_shapes(owner, preds, target, task)
-    limit = _BLOCK if preds.device.type == "cpu" else _DEVICE_BLOCK
-    for rows, targets in _pieces(preds.detach(), target, task, limit):
+    for rows, targets in _pieces(preds.detach(), target, task, _block_size(preds)):
         yield _clean(owner, rows, targets, task, from_logits, ignore_index, validate)
 
 
@@ -189,6 +190,30 @@ def log_probabilities(scores: Tensor, from_logits: bool) -> Tensor:
     return torch.stack([torch.log1p(-scores), scores.log()], 1)
 
 
+def probability_of(scores: Tensor, index: Tensor, from_logits: bool) -> Tensor:
+    """The probability (N,) of one class of each row (N, C), in high precision."""
+    index = index.unsqueeze(1)
+    if not from_logits:
+        return high_precision(scores.gather(1, index)).squeeze(1)
+    return _over_classes(torch.log_softmax, scores).gather(1, index).exp().squeeze(1)
+
+
+def top_class(scores: Tensor) -> Tensor:
+    """The index (N,) of the largest score (N, C) of each row; the first one among equals."""
+    classes = scores.shape[1]
+    if classes < 4 * _CHUNK or scores.stride(1) != 1:
+        return scores.max(1).indices
+    # A maximum without its index is found several times as fast: first in which part of the row
+    # it lies, then where in that part.
+    whole = classes // _CHUNK * _CHUNK
+    maxima = scores[:, :whole].unflatten(1, (-1, _CHUNK)).amax(2)
+    if whole < classes:
+        maxima = torch.cat([maxima, scores[:, whole:].amax(1, keepdim=True)], 1)
+    start = (maxima.max(1).indices * _CHUNK).clamp_max(classes - _CHUNK).unsqueeze(1)
+    part = scores.gather(1, start + torch.arange(_CHUNK, device=scores.device))
+    return start.squeeze(1) + part.max(1).indices
+
+
 def _over_classes(function: Any, scores: Tensor) -> Tensor:
     dtype = high_dtype(scores)
     if scores.shape[1] > _NARROW and scores.stride(1) == 1:
@@ -197,6 +222,21 @@ def _over_classes(function: Any, scores: Tensor) -> Tensor:
     # Vectorized over rows: several times as fast where there are few classes.
     transposed: Tensor = function(scores.t().contiguous(), 0, dtype=dtype)
     return transposed.t()
+
+
+def _block_size(preds: Tensor) -> int:
+    if preds.device.type != "cpu":
+        return _DEVICE_BLOCK
+    _keep_freed_memory()
+    return _BLOCK * torch.get_num_threads()
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    # glibc gives the memory of each block back to the system and takes it again for the next, at
+    # five times the cost of the computation, until the process has freed something larger once.
+    # This is never written to, and so takes no memory.
+    torch.empty(28 * 2**20, dtype=torch.uint8)
 
 
 def _flat(preds: Tensor, target: Tensor | None, task: AnyTask) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_reg.engine.optional import require
-from lightning_reg.metrics.calibration import Norm, ReliabilityBins, error_of_bins
+from lightning_reg.metrics.binning import ReliabilityBins
+from lightning_reg.metrics.readings import Norm, error_of_bins
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
