@@ -5,6 +5,16 @@ from lightning_reg.metrics.attention_entropy import (
     attention_entropy,
     draw_attention_entropy,
 )
+from lightning_reg.metrics.average_calibration import (
+    AverageCalibrationError,
+    average_calibration_error,
+)
+from lightning_reg.metrics.brier import (
+    BrierDecomposition,
+    BrierScore,
+    brier_decomposition,
+    brier_score,
+)
 from lightning_reg.metrics.by_group import (
     ByGroup,
     by_group,
@@ -14,11 +24,21 @@ from lightning_reg.metrics.calibration import (
     ReliabilityBins,
     calibration_error,
 )
+from lightning_reg.metrics.calibration_suite import (
+    CalibrationSuite,
+    calibration_suite,
+)
 from lightning_reg.metrics.class_entropy import (
     ClassEntropy,
     MarginalEntropy,
     class_entropy,
     marginal_entropy,
+)
+from lightning_reg.metrics.confidence_bias import (
+    OverconfidenceError,
+    UnderconfidenceError,
+    overconfidence_error,
+    underconfidence_error,
 )
 from lightning_reg.metrics.entropy import (
     PredictiveEntropy,
@@ -171,9 +191,13 @@ __all__ = [
     "AUGRC",
     "AURC",
     "AttentionEntropy",
+    "AverageCalibrationError",
     "BitsPerByte",
+    "BrierDecomposition",
+    "BrierScore",
     "ByGroup",
     "CalibrationError",
+    "CalibrationSuite",
     "ClassEntropy",
     "ConditionalEntropy",
     "CoverageAtRisk",
@@ -203,6 +227,7 @@ __all__ = [
     "MaximumMeanCalibrationError",
     "MutualInformation",
     "NegativeLogLikelihood",
+    "OverconfidenceError",
     "PITHistogram",
     "Perplexity",
     "PredictiveEntropy",
@@ -219,13 +244,18 @@ __all__ = [
     "SweepCalibrationError",
     "UncertaintyBins",
     "UncertaintyCalibrationError",
+    "UnderconfidenceError",
     "VariationRatio",
     "attention_entropy",
     "augrc",
     "aurc",
+    "average_calibration_error",
     "bits_per_byte",
+    "brier_decomposition",
+    "brier_score",
     "by_group",
     "calibration_error",
+    "calibration_suite",
     "class_entropy",
     "conditional_entropy",
     "coverage_at_risk",
@@ -260,6 +290,7 @@ __all__ = [
     "maximum_mean_calibration_error",
     "mutual_information",
     "negative_log_likelihood",
+    "overconfidence_error",
     "perplexity",
     "perturbed_cross_entropy",
     "pit_discrepancy",
@@ -275,5 +306,6 @@ __all__ = [
     "squared_kernel_calibration_error",
     "sweep_calibration_error",
     "uncertainty_calibration_error",
+    "underconfidence_error",
     "variation_ratio",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def _judge_top_k(scores: Tensor, chances: Tensor, targets: Tensor, top_k: int) -
     confidence = chances.topk(k, 1).values.sum(1)
     # Among equal scores the first classes come first, whatever the device's own order is.
     if targets.is_floating_point():
-        first = scores.sort(1, descending=True, stable=True).indices[:, :k]
+        first = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         return Judged(confidence, high_precision(targets.gather(1, first)).sum(1))
     own = targets.unsqueeze(1)
     score = scores.gather(1, own)
@@ -111,6 +112,8 @@ class BinnedMetric(ExactMetric):
         from_logits: whether predictions are logits or probabilities; never guessed.
         task: ``"multiclass"``, ``"binary"`` or ``"multilabel"``.
         n_bins: the number of equal-width bins.
+        sweep: further numbers of bins, which :meth:`moments` then gives too. All are counted at
+            once, in the cells that their edges cut the confidences into.
         view: what is judged. Of a multiclass prediction ``"top_label"`` (the largest probability,
             against whether that class is right), ``"top_k"`` (the sum of the k largest, against
             whether one of them is) or ``"classwise"`` (the probability of each class against how
@@ -145,6 +148,7 @@ class BinnedMetric(ExactMetric):
         from_logits: bool,
         task: AnyTask = "multiclass",
         n_bins: int = 15,
+        sweep: Sequence[int] = (),
         view: View | None = None,
         top_k: int = 1,
         num_classes: int | None = None,
@@ -154,18 +158,21 @@ class BinnedMetric(ExactMetric):
     ) -> None:
         super().__init__(from_logits=from_logits, task=task, **kwargs)
         _check_choices(self, task, view, top_k, average)
-        check_number_of_bins(self, n_bins)
+        for number in (n_bins, *sweep):
+            check_number_of_bins(self, number)
         check_range(self, "threshold", threshold, 0.0, 1.0, cure="threshold=0.001")
         self.n_bins = n_bins
+        self.sweep = tuple(sweep)
         self.view: View = view if view is not None else VIEWS[task][0]
         self.top_k = top_k
         self.average: Average = average
         self.threshold = threshold
-        self.num_classes = _check_classes(self, self.view, num_classes)
-        self.grid = Grid(self._bin_numbers())
-        shape = (self.grid.cells,)
+        self.num_classes: int | None = None
+        self.grid = Grid((n_bins, *self.sweep))
+        shape: tuple[int, ...] = (self.grid.cells,)
         if self.view == "classwise":
-            shape = (self.num_classes or 0, self.grid.cells)
+            self.num_classes = check_classes(self, num_classes)
+            shape = (self.num_classes, self.grid.cells)
         self.add_count("counts", *shape)
         for name in BinMoments._fields[1:]:
             self.add_total(name, *shape)
@@ -199,8 +206,16 @@ class BinnedMetric(ExactMetric):
             raise ArgumentError(self, "needs targets", cure="metric.update(logits, target)")
         return rows
 
-    def moments(self) -> BinMoments:
-        """What has been counted: by this process, or by all within ``sync_context()``."""
+    def moments(self, n_bins: int | None = None) -> BinMoments:
+        """What has been counted: by this process, or by all within ``sync_context()``.
+
+        Args:
+            n_bins: one of ``sweep``; the metric's own number of bins by default.
+        """
+        return self.grid.merge(self.cells(), self.n_bins if n_bins is None else n_bins)
+
+    def cells(self) -> BinMoments:
+        """The states themselves."""
         return BinMoments(*(getattr(self, name) for name in BinMoments._fields))
 
     def bins(self) -> ReliabilityBins:
@@ -236,9 +251,6 @@ class BinnedMetric(ExactMetric):
             bins = ReliabilityBins(*(state.sum(0) for state in bins))
         return draw_reliability(bins, norm=getattr(self, "norm", "l1"), ax=ax)
 
-    def _bin_numbers(self) -> tuple[int, ...]:
-        return (self.n_bins,)
-
     def add_rows(self, rows: Rows, chances: Tensor | None = None) -> Judged | None:
         """Add rows to the bins; returns how they were judged, unless by class.
 
@@ -253,28 +265,28 @@ class BinnedMetric(ExactMetric):
         if self.threshold > 0:
             kept = judged.confidence >= self.threshold
             counted = Judged(*(values[kept] for values in judged))
-        add_predictions(self.moments(), self.grid.place(counted.confidence), *counted)
+        add_predictions(self.cells(), self.grid.place(counted.confidence), *counted)
         return judged
 
     def _add_by_class(self, rows: Rows, chances: Tensor | None) -> None:
         scores, targets = rows.scores, rows.targets
         assert targets is not None
-        if scores.shape[1] != self.num_classes:
-            raise ArgumentError(
-                self,
-                f"was made for {self.num_classes} classes and got {scores.shape[1]}",
-                cure=f"{type(self).__name__}(num_classes={scores.shape[1]}, ...)",
-            )
+        check_width(self, scores, self.num_classes)
         if self.task == "multilabel" and self.from_logits:
             chances = high_precision(scores).sigmoid()
         elif chances is None:
             chances = probabilities(scores, self.from_logits)
-        add_class_predictions(self.moments(), self.grid, chances, targets, self.threshold)
+        add_class_predictions(self.cells(), self.grid, chances, targets, self.threshold)
 
 
 def mean_over_classes(values: Tensor) -> Tensor:
     """The mean over classes of which something was counted."""
     return values.nanmean(0)
+
+
+def classes_of(preds: Tensor) -> int | None:
+    """The number of classes of predictions that have them on dimension 1."""
+    return preds.shape[1] if preds.ndim > 1 else None
 
 
 def check_number_of_bins(owner: object, n_bins: object) -> None:
@@ -306,9 +318,8 @@ def _check_choices(
         )
 
 
-def _check_classes(owner: object, view: View, num_classes: int | None) -> int | None:
-    if view != "classwise":
-        return None
+def check_classes(owner: object, num_classes: object) -> int:
+    """Refuse what is no number of classes."""
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ArgumentError(
             owner,
@@ -316,3 +327,14 @@ def _check_classes(owner: object, view: View, num_classes: int | None) -> int | 
             cure="num_classes=10",
         )
     return num_classes
+
+
+def check_width(owner: object, scores: Tensor, num_classes: int | None) -> None:
+    """Refuse predictions over another number of classes."""
+    if scores.shape[1:] != (num_classes,):
+        found = scores.shape[1] if scores.ndim == 2 else "binary ones"
+        raise ArgumentError(
+            owner,
+            f"was made for predictions over {num_classes} classes and got {found}",
+            cure=f"num_classes={found}" if scores.ndim == 2 else "num_classes=None",
+        )

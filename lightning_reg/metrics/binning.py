@@ -115,15 +115,22 @@ class Grid:
         """The bins of one of the numbers of bins, from the cells."""
         if self.sizes == (n_bins,):
             return moments
-        edges = [b / n_bins for b in range(n_bins)]
-        owner = [bisect.bisect_right(edges, left) - 1 for left in self.left]
-        index = torch.tensor(owner, device=moments.counts.device)
+        index = _owners(self.sizes, n_bins, moments.counts.device)
         return BinMoments(
             *(
                 state.new_zeros((*state.shape[:-1], n_bins)).index_add_(-1, index, state)
                 for state in moments
             )
         )
+
+
+@lru_cache(maxsize=256)
+def _owners(sizes: tuple[int, ...], n_bins: int, device: torch.device) -> Tensor:
+    """The bin that each cell belongs to."""
+    edges = [b / n_bins for b in range(n_bins)]
+    owners = [bisect.bisect_right(edges, left) - 1 for left in Grid(sizes).left]
+    with torch.inference_mode(False):
+        return torch.tensor(owners, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.paper import Paper
 from lightning_reg.metrics.additive import evaluate
-from lightning_reg.metrics.binned import Average, BinnedMetric, View
+from lightning_reg.metrics.binned import Average, BinnedMetric, View, classes_of
 from lightning_reg.metrics.binning import BinMoments, ReliabilityBins
 from lightning_reg.metrics.inputs import AnyTask
 from lightning_reg.metrics.readings import NORMS, Norm, debiased_square_error, error_of_bins
@@ -170,8 +170,3 @@ class CalibrationError(BinnedMetric):
         if self.debiased:
             return debiased_square_error(moments).clamp_min(0).sqrt()
         return error_of_bins(moments.bins, self.norm)
-
-
-def classes_of(preds: Tensor) -> int | None:
-    """The number of classes of predictions that have them on dimension 1."""
-    return preds.shape[1] if preds.ndim > 1 else None

@@ -12,6 +12,7 @@ from lightning_reg.metrics.inputs import (
     Task,
     high_precision,
     log_probabilities,
+    top_class,
 )
 
 __all__ = [
@@ -97,6 +98,30 @@ def expected_accuracy(
     return value
 
 
+def nll_of_rows(scores: Tensor, targets: Tensor, from_logits: bool) -> Tensor:
+    """The negative log-likelihood of each row (N,)."""
+    logs = log_probabilities(scores, from_logits)
+    if not targets.is_floating_point():
+        return -logs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    targets = high_precision(targets)
+    if targets.ndim == 1:
+        targets = torch.stack([1 - targets, targets], 1)
+    # A class that the target excludes contributes 0, whatever its probability.
+    return -torch.where(targets > 0, targets * logs, torch.zeros_like(logs)).sum(1)
+
+
+def correct_of_rows(scores: Tensor, targets: Tensor, from_logits: bool) -> Tensor:
+    """The correctness of each row's top class (N,)."""
+    if scores.ndim == 1:
+        positive = scores >= (0.0 if from_logits else 0.5)
+        targets = high_precision(targets)
+        return torch.where(positive, targets, 1 - targets)
+    top = top_class(scores)
+    if targets.is_floating_point():
+        return high_precision(targets.gather(1, top.unsqueeze(1)).squeeze(1))
+    return high_precision(top == targets)
+
+
 class NegativeLogLikelihood(MeanMetric):
     """The mean of ``-log p(target)`` in nats; with soft targets their cross-entropy.
 
@@ -121,16 +146,9 @@ class NegativeLogLikelihood(MeanMetric):
 
     def values(self, scores: Tensor, targets: Tensor | None) -> Tensor:
         """The negative log-likelihood of each row."""
-        logs = log_probabilities(scores, self.from_logits)
         if targets is None:
             raise ArgumentError(self, "needs targets", cure="metric.update(logits, target)")
-        if not targets.is_floating_point():
-            return -logs.gather(1, targets.long().unsqueeze(1)).squeeze(1)
-        targets = high_precision(targets)
-        if targets.ndim == 1:
-            targets = torch.stack([1 - targets, targets], 1)
-        # A class that the target excludes contributes 0, whatever its probability.
-        return -torch.where(targets > 0, targets * logs, torch.zeros_like(logs)).sum(1)
+        return nll_of_rows(scores, targets, self.from_logits)
 
 
 class ExpectedAccuracy(MeanMetric):
@@ -157,11 +175,4 @@ class ExpectedAccuracy(MeanMetric):
         """The correctness of each row."""
         if targets is None:
             raise ArgumentError(self, "needs targets", cure="metric.update(logits, target)")
-        if scores.ndim == 1:
-            positive = scores >= (0.0 if self.from_logits else 0.5)
-            targets = high_precision(targets)
-            return torch.where(positive, targets, 1 - targets)
-        top = scores.argmax(1)
-        if targets.is_floating_point():
-            return high_precision(targets.gather(1, top.unsqueeze(1)).squeeze(1))
-        return high_precision(top == targets)
+        return correct_of_rows(scores, targets, self.from_logits)

@@ -7,6 +7,8 @@ from tests.metrics.cases.data import (
     BINARY_LOGITS,
     BINARY_TARGETS,
     IGNORED,
+    LABELS,
+    LABELS_IGNORED,
     LOGITS,
     PROBABILITIES,
     SOFT,
@@ -35,8 +37,83 @@ def _usual(**args):
     ]
 
 
+def _views(**args):
+    """What else bins can judge."""
+    return [
+        MetricCase(
+            args={"from_logits": True, "view": "classwise", "num_classes": 5, **args},
+            data=(LOGITS, TARGETS),
+            function_args={"from_logits": True, "view": "classwise", **args},
+            bad=(*BAD, (LOGITS[:, :3], TARGETS % 3)),
+        ),
+        MetricCase(
+            args={
+                "from_logits": True,
+                "view": "classwise",
+                "num_classes": 5,
+                "average": "none",
+                "threshold": 0.1,
+                **args,
+            },
+            data=(LOGITS, SOFT),
+            function_args={
+                "from_logits": True,
+                "view": "classwise",
+                "average": "none",
+                "threshold": 0.1,
+                **args,
+            },
+        ),
+        MetricCase(
+            args={"from_logits": True, "view": "top_k", "top_k": 2, **args}, data=(LOGITS, TARGETS)
+        ),
+        MetricCase(
+            args={"from_logits": False, "task": "binary", "view": "top_label", **args},
+            data=(BINARY_LOGITS.sigmoid(), BINARY_TARGETS),
+        ),
+        MetricCase(
+            args={"from_logits": True, "task": "multilabel", "num_classes": 5, **args},
+            data=(LOGITS, LABELS),
+            function_args={"from_logits": True, "task": "multilabel", **args},
+        ),
+        MetricCase(
+            args={
+                "from_logits": True,
+                "task": "multilabel",
+                "num_classes": 5,
+                "average": "micro",
+                "ignore_index": 7,
+                **args,
+            },
+            data=(LOGITS, LABELS_IGNORED),
+            function_args={
+                "from_logits": True,
+                "task": "multilabel",
+                "average": "micro",
+                "ignore_index": 7,
+                **args,
+            },
+        ),
+    ]
+
+
 CASES = {
-    "CalibrationError": [*_usual(), *_usual(norm="l2")[:1], *_usual(norm="max", n_bins=7)[:1]],
+    "CalibrationError": [
+        *_usual(),
+        *_views(),
+        *_usual(norm="l2", debiased=True)[:2],
+        *_usual(norm="max", n_bins=7)[:1],
+    ],
+    "AverageCalibrationError": [*_usual()[:2], *_views()[1:2]],
+    "OverconfidenceError": [_usual()[0], *_usual(weighted=True)[:1]],
+    "UnderconfidenceError": [_usual()[0], *_usual(weighted=True)[:1]],
+    "BrierDecomposition": [*_usual()[:2], *_views()],
+    "BrierScore": _usual(),
+    "CalibrationSuite": [
+        *_usual(),
+        *_usual(num_classes=5, sweep=(10, 20))[:2],
+        *_usual(view="top_k", top_k=3)[:1],
+    ],
     "ExpectedAccuracy": _usual(),
     "NegativeLogLikelihood": _usual(),
 }

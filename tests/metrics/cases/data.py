@@ -14,5 +14,6 @@ SOFT = torch.rand(60, 5, generator=_generator, dtype=torch.float64).softmax(1)
 BINARY_LOGITS = 2 * torch.randn(60, generator=_generator, dtype=torch.float64)
 BINARY_TARGETS = torch.randint(0, 2, (60,), generator=_generator)
 LABELS = torch.randint(0, 2, (60, 5), generator=_generator)
+LABELS_IGNORED = LABELS.masked_fill(torch.rand(60, 5, generator=_generator) < 0.2, 7)
 
 CASES: dict[str, object] = {}
