@@ -65,6 +65,7 @@ from lightning_reg.metrics.kolmogorov_smirnov import KolmogorovSmirnovCalibratio
 from lightning_reg.metrics.kolmogorov_smirnov import KuiperCalibrationError as KuiperCalibrationError
 from lightning_reg.metrics.likelihood import ExpectedAccuracy as ExpectedAccuracy
 from lightning_reg.metrics.likelihood import NegativeLogLikelihood as NegativeLogLikelihood
+from lightning_reg.metrics.margin import ProbabilityMargin as ProbabilityMargin
 from lightning_reg.metrics.members import EnsembleEntropy as EnsembleEntropy
 from lightning_reg.metrics.members import ExpectedEntropy as ExpectedEntropy
 from lightning_reg.metrics.members import MutualInformation as MutualInformation
@@ -81,6 +82,8 @@ from lightning_reg.metrics.selective import ExcessAURC as ExcessAURC
 from lightning_reg.metrics.smooth_calibration import SmoothCalibrationError as SmoothCalibrationError
 from lightning_reg.metrics.squared_kernel import SquaredKernelCalibrationError as SquaredKernelCalibrationError
 from lightning_reg.monitors.calibration import CalibrationMonitor as CalibrationMonitor
+from lightning_reg.monitors.monitor import Monitor as Monitor
+from lightning_reg.monitors.overfit import OverfitMonitor as OverfitMonitor
 from lightning_reg.monitors.post_hoc_calibration import PostHocCalibration as PostHocCalibration
 from lightning_reg.monitors.sharpness import SharpnessMonitor as SharpnessMonitor
 from lightning_reg.strategies.ddp_reg import RegularizedDDPStrategy as RegularizedDDPStrategy

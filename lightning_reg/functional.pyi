@@ -27,6 +27,7 @@ from lightning_reg.metrics.kolmogorov_smirnov import kolmogorov_smirnov_calibrat
 from lightning_reg.metrics.kolmogorov_smirnov import kuiper_calibration_error as kuiper_calibration_error
 from lightning_reg.metrics.likelihood import expected_accuracy as expected_accuracy
 from lightning_reg.metrics.likelihood import negative_log_likelihood as negative_log_likelihood
+from lightning_reg.metrics.margin import probability_margin as probability_margin
 from lightning_reg.metrics.members import ensemble_entropy as ensemble_entropy
 from lightning_reg.metrics.members import expected_entropy as expected_entropy
 from lightning_reg.metrics.members import mutual_information as mutual_information

@@ -54,6 +54,14 @@ def as_distribution(targets: Tensor, logits: Tensor) -> Tensor:
     return F.one_hot(targets.long(), logits.shape[-1]).to(logits.dtype)
 
 
+def mixed(step: Step, distribution: Tensor) -> Tensor:
+    """Target distributions (B, C) as techniques mixed them, each sample's with its partner's."""
+    for permutation, lam in step.mixes:
+        weight = lam.to(distribution).unsqueeze(-1)
+        distribution = weight * distribution + (1 - weight) * distribution[permutation]
+    return distribution
+
+
 class Criterion:
     """Recomputes the loss from captured logits for the techniques that change it.
 
@@ -124,10 +132,9 @@ class Criterion:
         self, step: Step, active: Sequence[Regularizer], logits: Tensor, targets: Tensor
     ) -> Tensor:
         distribution = as_distribution(targets, logits)
-        for permutation, lam in step.mixes:
+        for _, lam in step.mixes:
             self._check_mixable(step, lam, distribution)
-            weight = lam.to(distribution).unsqueeze(-1)
-            distribution = weight * distribution + (1 - weight) * distribution[permutation]
+        distribution = mixed(step, distribution)
         for technique in _members(active, "transform_targets"):
             distribution = technique.transform_targets(step.asked_by(technique), distribution)
         step.target_distribution = distribution

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.sampler import padding_mask
-from lightning_reg.engine.signals import SignalReader
+from lightning_reg.engine.signals import SignalReader, Signals
 from lightning_reg.engine.step import Step
 
 if TYPE_CHECKING:
@@ -22,6 +22,26 @@ if TYPE_CHECKING:
     from lightning_reg.engine.regularizer import Regularizer
 
 _COLLECTIONS = (list, dict, set)
+
+
+class StepWatcher:
+    """A callback that is shown each training step while techniques act on it.
+
+    The pipeline of a Trainer's techniques shows the step once, after the user's ``training_step``
+    has run and before any second pass, with the signals as the user's step saw and returned them.
+    Without techniques there is no pipeline, and the callback has hooks of its own for that.
+
+    Attributes:
+        name: under which the pipeline finds where this callback looks for signals.
+        signals: where that is, if not in the usual places.
+    """
+
+    name: str
+    signals: Signals | None
+
+    def watch(self, step: Step) -> None:
+        """See one training step; nothing may be changed."""
+        raise NotImplementedError
 
 
 class Observer:
@@ -155,6 +175,7 @@ def sparing_collections(module: nn.Module) -> Iterator[None]:
 
 __all__ = [
     "Observer",
+    "StepWatcher",
     "evaluating",
     "held_out_steps",
     "sparing_collections",

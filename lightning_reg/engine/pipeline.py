@@ -26,6 +26,7 @@ from lightning_reg.engine.criterion import Criterion
 from lightning_reg.engine.data_hooks import check_data_hooks
 from lightning_reg.engine.errors import RegularizationError, UnsupportedError
 from lightning_reg.engine.idle_hooks import mute_idle_hooks, unmute_hooks
+from lightning_reg.engine.observe import StepWatcher
 from lightning_reg.engine.outputs import loss_of, split_arguments, with_loss
 from lightning_reg.engine.patch import MethodPatch
 from lightning_reg.engine.penalties import penalties
@@ -69,7 +70,9 @@ class TrainingStepPipeline:
         self._seed = base_seed()
         self._capture = Capture()
         self._criterion = Criterion()
-        self._readers = {t.name: SignalReader(t, module) for t in self.plan.techniques}
+        self._watchers = [c for c in trainer.callbacks if isinstance(c, StepWatcher)]  # type: ignore[attr-defined]
+        looking = [*self.plan.techniques, *self._watchers]
+        self._readers = {t.name: SignalReader(t, module) for t in looking}  # type: ignore[arg-type]
         self._patches: list[MethodPatch] = []
         self._ready: list[Regularizer] = []
         self._log = ValueLog()
@@ -115,7 +118,8 @@ class TrainingStepPipeline:
         # Those that a sanity check gathered.
         put_weights_away(self.module)
         check_sharded_alike(self.module, self.plan.techniques)
-        layers = {layer for t in self.plan.techniques for layer in self._layers(t)}
+        looking = [*self.plan.techniques, *self._watchers]
+        layers = {layer for t in looking for layer in self._layers(t)}
         self._capture.attach(self.module, layers)
         self._last_global_step = int(self.trainer.global_step)
         self._total_steps = float(self.trainer.estimated_stepping_batches)
@@ -150,7 +154,7 @@ class TrainingStepPipeline:
         for technique in self._members("prepare", self.plan.techniques):
             technique.prepare(step.asked_by(technique))
         active = self._active(step)
-        if not active:
+        if not active and not self._watchers:
             # Nothing is recorded or kept either: outputs that are held longer cost memory and time.
             return original(step.batch, *args, **kwargs)
         for technique in self._members("transform_batch", active):
@@ -216,6 +220,9 @@ class TrainingStepPipeline:
                 stack.enter_context(technique.forward_context(step.asked_by(technique)))
             step.records = stack.enter_context(self._capture.recording())
             step.outputs = original(step.batch, *args, **kwargs)
+        for watcher in self._watchers if not step.is_rerun else ():
+            with torch.no_grad(), torch.autocast(self.module.device.type, enabled=False):
+                watcher.watch(step.asked_by(watcher))  # type: ignore[arg-type]
 
     def _regularized(self, step: Step, active: Sequence[Regularizer]) -> Tensor:
         """Phases 3 and 4."""
@@ -403,10 +410,10 @@ class TrainingStepPipeline:
         members = self.plan.phases[phase]
         return [t for t in members if t in active] if members else []
 
-    def _layers(self, technique: Regularizer) -> set[str]:
+    def _layers(self, technique: Regularizer | StepWatcher) -> set[str]:
         layers = set(getattr(technique, "layers", ()))
         named = {layer for layer in layers if not layer.startswith("outputs.")}
-        return named | self.reader(technique).layers()
+        return named | self._readers[technique.name].layers()
 
     def _devices(self) -> list[torch.device]:
         return [self.module.device] if self.module.device.type != "cpu" else []

@@ -176,6 +176,8 @@ class Regularizer(Technique, Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the pipeline."""
+        for _, loop in self._loops():
+            loop.on_train_start(trainer)
         if (pipeline := self._led()) is not None:
             pipeline.on_train_start()
 
@@ -211,26 +213,35 @@ class Regularizer(Technique, Callback):
             pipeline.on_train_batch_end()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let a closed-loop strength follow its metric."""
-        if isinstance(self.strength, ClosedLoop):
-            self.strength.on_validation_end(trainer)
+        """Let closed loops follow their metrics."""
+        for _, loop in self._loops():
+            loop.on_validation_end(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save where a closed-loop strength is."""
-        if isinstance(self.strength, ClosedLoop):
-            # Not in `state_dict`, which belongs to the technique.
-            states = checkpoint.setdefault(_SCHEDULES, {})
-            states[self.state_key] = self.strength.state_dict()
+        """Save where closed loops are."""
+        # Not in `state_dict`, which belongs to the technique.
+        for place, loop in self._loops():
+            checkpoint.setdefault(_SCHEDULES, {})[place] = loop.state_dict()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with a closed-loop strength."""
-        saved = checkpoint.get(_SCHEDULES, {}).get(self.state_key)
-        if isinstance(self.strength, ClosedLoop) and saved is not None:
-            self.strength.load_state_dict(saved)
+        """Go on with closed loops."""
+        for place, loop in self._loops():
+            saved = checkpoint.get(_SCHEDULES, {}).get(place)
+            if saved is not None:
+                loop.load_state_dict(saved)
+
+    def _loops(self) -> list[tuple[str, ClosedLoop]]:
+        """The closed loops among the technique's numbers, inside other schedules too."""
+        schedules = {n: v for n, v in vars(self).items() if isinstance(v, Schedule)}
+        return [
+            (f"{self.state_key}.{name}.{position}", loop)
+            for name, schedule in schedules.items()
+            for position, loop in enumerate(schedule.loops())
+        ]
 
     def _led(self) -> TrainingStepPipeline | None:
         # One technique drives the pipeline, so that phases run in the planned order and not in

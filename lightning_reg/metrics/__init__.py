@@ -5,16 +5,40 @@ from lightning_reg.metrics.attention_entropy import (
     attention_entropy,
     draw_attention_entropy,
 )
+from lightning_reg.metrics.average_calibration import (
+    AverageCalibrationError,
+    average_calibration_error,
+)
+from lightning_reg.metrics.brier import (
+    BrierDecomposition,
+    BrierScore,
+    brier_decomposition,
+    brier_score,
+)
+from lightning_reg.metrics.by_group import (
+    ByGroup,
+    by_group,
+)
 from lightning_reg.metrics.calibration import (
     CalibrationError,
     ReliabilityBins,
     calibration_error,
+)
+from lightning_reg.metrics.calibration_suite import (
+    CalibrationSuite,
+    calibration_suite,
 )
 from lightning_reg.metrics.class_entropy import (
     ClassEntropy,
     MarginalEntropy,
     class_entropy,
     marginal_entropy,
+)
+from lightning_reg.metrics.confidence_bias import (
+    OverconfidenceError,
+    UnderconfidenceError,
+    overconfidence_error,
+    underconfidence_error,
 )
 from lightning_reg.metrics.entropy import (
     PredictiveEntropy,
@@ -25,6 +49,12 @@ from lightning_reg.metrics.entropy_separation import (
     EntropySeparation,
     draw_entropies,
     entropy_separation,
+)
+from lightning_reg.metrics.equal_mass import (
+    EqualMassCalibrationError,
+    SweepCalibrationError,
+    equal_mass_calibration_error,
+    sweep_calibration_error,
 )
 from lightning_reg.metrics.functional_entropy import (
     FunctionalEntropy,
@@ -41,6 +71,15 @@ from lightning_reg.metrics.gaussian_scores import (
     gaussian_nll,
     sharpness,
 )
+from lightning_reg.metrics.hessian import (
+    hessian_eigenvalues,
+    hessian_spectrum,
+    hessian_trace,
+)
+from lightning_reg.metrics.hessian_estimates import (
+    HessianTopEigenvalue,
+    HessianTrace,
+)
 from lightning_reg.metrics.information import (
     ConditionalEntropy,
     LabelInformation,
@@ -55,6 +94,18 @@ from lightning_reg.metrics.intervals import (
     interval_coverage,
     interval_width,
 )
+from lightning_reg.metrics.kernel_calibration import (
+    KernelDensityCalibrationError,
+    MaximumMeanCalibrationError,
+    kernel_density_calibration_error,
+    maximum_mean_calibration_error,
+)
+from lightning_reg.metrics.kolmogorov_smirnov import (
+    KolmogorovSmirnovCalibrationError,
+    KuiperCalibrationError,
+    kolmogorov_smirnov_calibration_error,
+    kuiper_calibration_error,
+)
 from lightning_reg.metrics.language import (
     BitsPerByte,
     Perplexity,
@@ -66,6 +117,10 @@ from lightning_reg.metrics.likelihood import (
     NegativeLogLikelihood,
     expected_accuracy,
     negative_log_likelihood,
+)
+from lightning_reg.metrics.margin import (
+    ProbabilityMargin,
+    probability_margin,
 )
 from lightning_reg.metrics.members import (
     EnsembleEntropy,
@@ -95,6 +150,12 @@ from lightning_reg.metrics.regression_calibration import (
 from lightning_reg.metrics.reliability import (
     draw_reliability,
 )
+from lightning_reg.metrics.risk_coverage import (
+    CoverageAtRisk,
+    RiskAtCoverage,
+    coverage_at_risk,
+    risk_at_coverage,
+)
 from lightning_reg.metrics.rolling_entropy import (
     HighEntropyShare,
     RollingEntropy,
@@ -109,16 +170,42 @@ from lightning_reg.metrics.routing import (
     router_entropy,
     routing_information,
 )
+from lightning_reg.metrics.selective import (
+    AUGRC,
+    AURC,
+    ExcessAURC,
+    augrc,
+    aurc,
+    excess_aurc,
+)
+from lightning_reg.metrics.smooth_calibration import (
+    SmoothCalibrationError,
+    smooth_calibration_error,
+)
+from lightning_reg.metrics.squared_kernel import (
+    SquaredKernelCalibrationError,
+    squared_kernel_calibration_error,
+)
 
 __all__ = [
+    "AUGRC",
+    "AURC",
     "AttentionEntropy",
+    "AverageCalibrationError",
     "BitsPerByte",
+    "BrierDecomposition",
+    "BrierScore",
+    "ByGroup",
     "CalibrationError",
+    "CalibrationSuite",
     "ClassEntropy",
     "ConditionalEntropy",
+    "CoverageAtRisk",
     "EnsembleEntropy",
     "EntropyHistogram",
     "EntropySeparation",
+    "EqualMassCalibrationError",
+    "ExcessAURC",
     "ExpectedAccuracy",
     "ExpectedEntropy",
     "ExpectedNormalizedCalibrationError",
@@ -127,35 +214,58 @@ __all__ = [
     "FunctionalFisherInformation",
     "GaussianCRPS",
     "GaussianNLL",
+    "HessianTopEigenvalue",
+    "HessianTrace",
     "HighEntropyShare",
     "IntervalCoverage",
     "IntervalWidth",
+    "KernelDensityCalibrationError",
+    "KolmogorovSmirnovCalibrationError",
+    "KuiperCalibrationError",
     "LabelInformation",
     "MarginalEntropy",
+    "MaximumMeanCalibrationError",
     "MutualInformation",
     "NegativeLogLikelihood",
+    "OverconfidenceError",
     "PITHistogram",
     "Perplexity",
     "PredictiveEntropy",
+    "ProbabilityMargin",
     "QuantileCalibrationError",
     "ReliabilityBins",
+    "RiskAtCoverage",
     "RollingEntropy",
     "RouterEntropy",
     "RoutingInformation",
     "Sharpness",
+    "SmoothCalibrationError",
+    "SquaredKernelCalibrationError",
+    "SweepCalibrationError",
     "UncertaintyBins",
     "UncertaintyCalibrationError",
+    "UnderconfidenceError",
     "VariationRatio",
     "attention_entropy",
+    "augrc",
+    "aurc",
+    "average_calibration_error",
     "bits_per_byte",
+    "brier_decomposition",
+    "brier_score",
+    "by_group",
     "calibration_error",
+    "calibration_suite",
     "class_entropy",
     "conditional_entropy",
+    "coverage_at_risk",
     "draw_attention_entropy",
     "draw_entropies",
     "draw_reliability",
     "ensemble_entropy",
     "entropy_separation",
+    "equal_mass_calibration_error",
+    "excess_aurc",
     "expected_accuracy",
     "expected_entropy",
     "expected_normalized_calibration_error",
@@ -166,22 +276,36 @@ __all__ = [
     "gaussian_interval",
     "gaussian_nll",
     "gaussian_quantiles",
+    "hessian_eigenvalues",
+    "hessian_spectrum",
+    "hessian_trace",
     "high_entropy_share",
     "interval_coverage",
     "interval_width",
+    "kernel_density_calibration_error",
+    "kolmogorov_smirnov_calibration_error",
+    "kuiper_calibration_error",
     "label_information",
     "marginal_entropy",
+    "maximum_mean_calibration_error",
     "mutual_information",
     "negative_log_likelihood",
+    "overconfidence_error",
     "perplexity",
     "perturbed_cross_entropy",
     "pit_discrepancy",
     "predictive_entropy",
+    "probability_margin",
     "quantile_calibration_error",
+    "risk_at_coverage",
     "rolling_entropy",
     "router_entropy",
     "routing_information",
     "sharpness",
+    "smooth_calibration_error",
+    "squared_kernel_calibration_error",
+    "sweep_calibration_error",
     "uncertainty_calibration_error",
+    "underconfidence_error",
     "variation_ratio",
 ]

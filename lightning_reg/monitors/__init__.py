@@ -6,6 +6,7 @@ from lightning_reg.monitors.calibration import (
 from lightning_reg.monitors.monitor import (
     Monitor,
 )
+from lightning_reg.monitors.overfit import OverfitMonitor
 from lightning_reg.monitors.post_hoc_calibration import (
     PostHocCalibration,
 )
@@ -16,6 +17,7 @@ from lightning_reg.monitors.sharpness import (
 __all__ = [
     "CalibrationMonitor",
     "Monitor",
+    "OverfitMonitor",
     "PostHocCalibration",
     "SharpnessMonitor",
 ]

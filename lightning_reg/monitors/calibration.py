@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -70,7 +70,9 @@ class CalibrationMonitor(Monitor):
         from_logits: whether what the step's ``logits`` holds are scores before the softmax, or
             probabilities (``False``).
         ignore_index: positions with this class index do not count.
-        metrics: further values to log: ``"smece"``, ``"aurc"``.
+        metrics: further values to log: ``"confidence_gap"`` (mean confidence minus accuracy, with
+            its sign), ``"overconfidence"`` and ``"underconfidence"`` (the parts of the l1 error
+            from bins that are too confident, and not enough), ``"smece"``, ``"aurc"``.
         stages: ``"val"``, ``"test"`` or both.
         figures: their names; ``True`` for ``reliability`` and ``drift``, ``False`` for none,
             ``None`` for those two if matplotlib is installed.
@@ -135,11 +137,12 @@ class CalibrationMonitor(Monitor):
         super().__init__(
             stages=stages, figures=figures, every_n_epochs=every_n_epochs, signals=signals
         )
-        if isinstance(metrics, str) or any(name not in self.further for name in metrics):
+        known = [*_READ_FROM_BINS, *self.further]
+        if isinstance(metrics, str) or any(name not in known for name in metrics):
             raise ArgumentError(
                 self,
-                f"`metrics` must be a list of {', '.join(self.further)}, got {metrics!r}",
-                cure=f'CalibrationMonitor(metrics=["{next(iter(self.further))}"])',
+                f"`metrics` must be a list of {', '.join(known)}, got {metrics!r}",
+                cure='CalibrationMonitor(metrics=["overconfidence"])',
             )
         self.n_bins = n_bins
         self.norm: Norm = norm
@@ -179,7 +182,10 @@ class CalibrationMonitor(Monitor):
 
     def read(self, metrics: Mapping[str, ExactMetric]) -> dict[str, Tensor]:
         """The values."""
-        return {name: metric.value() for name, metric in metrics.items()}
+        values = {name: metric.value() for name, metric in metrics.items()}
+        bins = cast("CalibrationError", metrics["ece"]).bins()
+        read = {name: read for name, read in _READ_FROM_BINS.items() if name in self.metrics}
+        return values | {name: read(bins) for name, read in read.items()}
 
     def entry(self, trainer: pl.Trainer) -> Entry:
         """The strengths with which the epoch was trained."""
@@ -255,6 +261,25 @@ class CalibrationMonitor(Monitor):
             temperature=None if found is None else float(found["value"]),
             title=self.record.title(tag),
         )
+
+
+def _confidence_gap(bins: ReliabilityBins) -> Tensor:
+    return (bins.confidence_sum.sum() - bins.correct_sum.sum()) / bins.counts.sum()
+
+
+def _overconfidence(bins: ReliabilityBins) -> Tensor:
+    return (bins.confidence_sum - bins.correct_sum).clamp_min(0).sum() / bins.counts.sum()
+
+
+def _underconfidence(bins: ReliabilityBins) -> Tensor:
+    return (bins.correct_sum - bins.confidence_sum).clamp_min(0).sum() / bins.counts.sum()
+
+
+_READ_FROM_BINS: dict[str, Callable[[ReliabilityBins], Tensor]] = {
+    "confidence_gap": _confidence_gap,
+    "overconfidence": _overconfidence,
+    "underconfidence": _underconfidence,
+}
 
 
 def _calibrating(trainer: pl.Trainer) -> Any:

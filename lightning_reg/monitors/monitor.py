@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,13 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_reg.engine.capture import FORWARD, Capture
-from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import ArgumentError, RegularizationError
 from lightning_reg.engine.sampler import padding_mask
-from lightning_reg.engine.signals import SignalReader, Signals
+from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import Step
 from lightning_reg.metrics.exact import ExactMetric
+from lightning_reg.monitors.feed import StepFeed, _Run
 from lightning_reg.monitors.figures import Drawing, have_matplotlib, write_figure
 from lightning_reg.monitors.record import Entry, Record, joined, states_of, with_states
 
@@ -56,6 +54,7 @@ class Monitor(Callback):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("logits", "targets")
+    layers: tuple[str, ...] = ()
     figure_names: ClassVar[tuple[str, ...]] = ()
     usual_figures: ClassVar[tuple[str, ...]] = ()
 
@@ -75,11 +74,8 @@ class Monitor(Callback):
         self.signals = signals
         self.record = Record()
         self._metrics: dict[int, dict[str, ExactMetric]] = {}
-        self._run: _Run | None = None
-        self._capture: Capture | None = None
+        self._feed: StepFeed | None = None
         self._loaders: list[Any] = []
-        self._records: dict[str, list[Any]] = {}
-        self._recording = ExitStack()
 
     # ------------------------------------------------------------------ what a subclass supplies
 
@@ -206,7 +202,7 @@ class Monitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch."""
-        self._count(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._count(outputs, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log."""
@@ -242,7 +238,7 @@ class Monitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch."""
-        self._count(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._count(outputs, batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log."""
@@ -265,9 +261,7 @@ class Monitor(Callback):
         self._close()
         if stage not in self.stages:
             return
-        self._run = _Run(trainer, module, self, _HOOKS[stage])
-        self._capture = Capture()
-        self._capture.attach(module, self._run.reader(self).layers())
+        self._feed = StepFeed(self, trainer, module, _HOOKS[stage])
         loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
         loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
         self._loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
@@ -279,47 +273,20 @@ class Monitor(Callback):
         }
 
     def _record(self) -> None:
-        self._recording.close()
-        if self._capture is not None:
-            self._records = self._recording.enter_context(self._capture.recording())
+        if self._feed is not None:
+            self._feed.start_batch()
 
-    def _count(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        if self._run is None:
+    def _count(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        if self._feed is None:
             return
-        self._recording.close()
-        step = Step(self._run, batch, batch_idx)  # type: ignore[arg-type]
-        step.hook = self._run.hook
-        step.outputs = outputs
-        step.records = self._user_calls(trainer, module)
-        step.asked_by(self)  # type: ignore[arg-type]
-        self.observe(self._metrics[dataloader_idx], step, self._counted(step, dataloader_idx))
-
-    def _user_calls(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, list[Any]]:
-        records = dict(self._records)
-        if trainer.strategy.model is not module and records.get(FORWARD):
-            # A wrapper (DDP) calls the user's step through the module itself: that call is not
-            # one of the step's own.
-            records[FORWARD] = records[FORWARD][:-1]
-        return records
-
-    def _counted(self, step: Step, dataloader_idx: int) -> Tensor | None:
-        loader = self._loaders[dataloader_idx]
-        size = len(step.logits)
-        repeated = padding_mask(loader, step.batch_idx, size, step.logits.device)
-        return None if repeated is None else ~repeated
+        step = self._feed.end_batch(outputs, batch, batch_idx)
+        counted = _counted(step, self._loaders[dataloader_idx])
+        self.observe(self._metrics[dataloader_idx], step, counted)
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
         # The sanity check's batches are fed too, so that a tensor that is not found is an error
         # before the first epoch; nothing of them is reported, and the next start makes new metrics.
-        if self._run is None or trainer.sanity_checking:
+        if self._feed is None or trainer.sanity_checking:
             return
         for index, metrics in self._metrics.items():
             tag = self._tag(stage, index)
@@ -328,6 +295,8 @@ class Monitor(Callback):
                     metric.warn_of_invalid()
                 values = self.read(metrics)
                 self.record.keep(tag, states_of(metrics), int(trainer.global_step))
+            if not values:
+                continue
             # On the CPU in one transfer, in the precision in which they were computed.
             numbers = torch.stack([v.detach().double().cpu() for v in values.values()]).tolist()
             for (name, value), number in zip(values.items(), numbers, strict=True):
@@ -343,7 +312,7 @@ class Monitor(Callback):
                 self.record.remember(tag, {**position, **own, **self.entry(trainer)})
 
     def _draw(self, trainer: pl.Trainer, stage: Stage) -> None:
-        if self._run is None or trainer.sanity_checking:
+        if self._feed is None or trainer.sanity_checking:
             return
         if _fitting(trainer) and trainer.current_epoch % self.every_n_epochs:
             return
@@ -398,34 +367,25 @@ class Monitor(Callback):
             )
 
     def _close(self) -> None:
-        self._recording.close()
-        if self._capture is not None:
-            self._capture.detach()
-        self._run, self._capture = None, None
-        self._loaders, self._records = [], {}
+        if self._feed is not None:
+            self._feed.close()
+        self._feed, self._loaders = None, []
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a run that is under way is not part of a copy.
-        fresh: dict[str, Any] = {"_run": None, "_capture": None, "_loaders": [], "_records": {}}
-        return {**self.__dict__, **fresh, "_recording": ExitStack()}
+        return {**self.__dict__, "_feed": None, "_loaders": []}
 
 
-class _Run:
-    """What a :class:`Step` asks of the run it belongs to."""
-
-    def __init__(
-        self, trainer: pl.Trainer, module: pl.LightningModule, monitor: Monitor, hook: str
-    ) -> None:
-        self.trainer = trainer
-        self.module = module
-        self.hook = hook
-        self.comm = Communicator.of(trainer)
-        self._reader = SignalReader(monitor, module)  # type: ignore[arg-type]
-
-    def reader(self, technique: Any) -> SignalReader:
-        return self._reader
+def _counted(step: Step, loader: Any) -> Tensor | None:
+    """False for samples that a DistributedSampler repeats; ``None`` if all count."""
+    logits = step.logits
+    repeated = padding_mask(loader, step.batch_idx, len(logits), logits.device)
+    return None if repeated is None else ~repeated
 
 
 def _fitting(trainer: pl.Trainer) -> bool:
     """Whether this validation belongs to a fit; by name, since there are two import names."""
     return getattr(trainer.state.fn, "value", None) == "fit"
+
+
+__all__ = ["STAGES", "Monitor", "Stage", "_Run"]

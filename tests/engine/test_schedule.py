@@ -80,6 +80,8 @@ def test_copies_and_pickles_are_equal(schedule):
         lambda: WarmupSchedule(1.0, length=0),
         lambda: CallableSchedule(3),
         lambda: ClosedLoop("m", 0.1, 1.0, initial=-1.0),
+        lambda: ClosedLoop("m", 0.1, 1.0, rate=0.0),
+        lambda: ClosedLoop("m", 0.1, 1.0, patience=0),
     ],
 )
 def test_bad_arguments(make):
@@ -92,7 +94,11 @@ def _trainer(**metrics):
         root_device=torch.device("cpu"), reduce=lambda t, reduce_op: t + 0.25
     )
     return SimpleNamespace(
-        sanity_checking=False, global_step=4, strategy=strategy, callback_metrics=metrics
+        sanity_checking=False,
+        global_step=4,
+        strategy=strategy,
+        callback_metrics=metrics,
+        state=SimpleNamespace(fn=SimpleNamespace(value="fit")),
     )
 
 

@@ -17,7 +17,11 @@ from lightning_reg.engine import (
     Signals,
 )
 from lightning_reg.engine.schedule import ClosedLoop
-from lightning_reg.metrics import calibration_error, predictive_entropy
+from lightning_reg.metrics import (
+    calibration_error,
+    predictive_entropy,
+    smooth_calibration_error,
+)
 from lightning_reg.monitors import CalibrationMonitor
 from lightning_reg.testing import rank_trainer
 from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
@@ -58,6 +62,29 @@ def test_logs_the_values_of_all_batches():
     module, run = Silent(), trainer([monitor()])
     run.validate(module, loader(batch_size=24), verbose=False)
     check(run.callback_metrics, module)
+
+
+def test_further_values_are_logged_where_asked_for():
+    names = ["confidence_gap", "overconfidence", "underconfidence", "smece", "aurc"]
+    module, run = Silent(), trainer([monitor(metrics=names, n_bins=10)])
+    run.validate(module, loader(batch_size=24), verbose=False)
+    values = {key[4:]: float(value) for key, value in run.callback_metrics.items()}
+    assert set(values) == {*names, "ece", "nll", "entropy", "accuracy"}
+    logits = module(INPUTS).detach().double()
+    confidence, top = logits.softmax(1).max(1)
+    right = (top == LABELS).double()
+    gap = float((confidence - right).mean())
+    assert values["confidence_gap"] == pytest.approx(gap, abs=1e-6)
+    assert values["overconfidence"] - values["underconfidence"] == pytest.approx(gap, abs=1e-6)
+    both = values["overconfidence"] + values["underconfidence"]
+    assert both == pytest.approx(values["ece"], abs=1e-6)
+    assert min(values["overconfidence"], values["underconfidence"]) > 0
+    order = confidence.argsort(descending=True)
+    risks = (1 - right[order]).cumsum(0) / torch.arange(1, 65)
+    # Two of the 64 confidences share a cell of the histogram and count as tied.
+    assert values["aurc"] == pytest.approx(float(risks.mean()), abs=1e-3)
+    smooth = float(smooth_calibration_error(logits, LABELS, from_logits=True))
+    assert values["smece"] == pytest.approx(smooth, abs=1e-5)
 
 
 def test_logs_test_steps_under_their_own_name():
@@ -258,7 +285,7 @@ def test_two_ranks_equal_one_process_and_repeats_count_once(ranks):
         ({"from_logits": None}, "from_logits=True"),
         ({"figures": ["pie"]}, r'figures=\["reliability"\]'),
         ({"figures": "reliability"}, r'figures=\["reliability"\]'),
-        ({"metrics": ["ece3"]}, r'metrics=\["smece"\]'),
+        ({"metrics": ["ece3"]}, r'metrics=\["overconfidence"\]'),
     ],
 )
 def test_bad_arguments_are_refused(arguments, cure):
