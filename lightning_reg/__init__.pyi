@@ -42,14 +42,23 @@ from lightning_reg.engine.step import Step as Step
 from lightning_reg.engine.technique import Technique as Technique
 from lightning_reg.engine.update import ParameterUpdate as ParameterUpdate
 from lightning_reg.mechanisms.attribute_schedule import AttributeSchedule as AttributeSchedule
+from lightning_reg.metrics.attention_entropy import AttentionEntropy as AttentionEntropy
+from lightning_reg.metrics.average_calibration import AverageCalibrationError as AverageCalibrationError
+from lightning_reg.metrics.brier import BrierDecomposition as BrierDecomposition
+from lightning_reg.metrics.brier import BrierScore as BrierScore
 from lightning_reg.metrics.by_group import ByGroup as ByGroup
 from lightning_reg.metrics.calibration import CalibrationError as CalibrationError
+from lightning_reg.metrics.calibration_suite import CalibrationSuite as CalibrationSuite
 from lightning_reg.metrics.class_entropy import ClassEntropy as ClassEntropy
 from lightning_reg.metrics.class_entropy import MarginalEntropy as MarginalEntropy
+from lightning_reg.metrics.confidence_bias import OverconfidenceError as OverconfidenceError
+from lightning_reg.metrics.confidence_bias import UnderconfidenceError as UnderconfidenceError
 from lightning_reg.metrics.entropy import PredictiveEntropy as PredictiveEntropy
 from lightning_reg.metrics.entropy_separation import EntropySeparation as EntropySeparation
 from lightning_reg.metrics.equal_mass import EqualMassCalibrationError as EqualMassCalibrationError
 from lightning_reg.metrics.equal_mass import SweepCalibrationError as SweepCalibrationError
+from lightning_reg.metrics.functional_entropy import FunctionalEntropy as FunctionalEntropy
+from lightning_reg.metrics.functional_entropy import FunctionalFisherInformation as FunctionalFisherInformation
 from lightning_reg.metrics.gaussian_scores import GaussianCRPS as GaussianCRPS
 from lightning_reg.metrics.gaussian_scores import GaussianNLL as GaussianNLL
 from lightning_reg.metrics.gaussian_scores import Sharpness as Sharpness
@@ -63,6 +72,8 @@ from lightning_reg.metrics.kernel_calibration import KernelDensityCalibrationErr
 from lightning_reg.metrics.kernel_calibration import MaximumMeanCalibrationError as MaximumMeanCalibrationError
 from lightning_reg.metrics.kolmogorov_smirnov import KolmogorovSmirnovCalibrationError as KolmogorovSmirnovCalibrationError
 from lightning_reg.metrics.kolmogorov_smirnov import KuiperCalibrationError as KuiperCalibrationError
+from lightning_reg.metrics.language import BitsPerByte as BitsPerByte
+from lightning_reg.metrics.language import Perplexity as Perplexity
 from lightning_reg.metrics.likelihood import ExpectedAccuracy as ExpectedAccuracy
 from lightning_reg.metrics.likelihood import NegativeLogLikelihood as NegativeLogLikelihood
 from lightning_reg.metrics.margin import ProbabilityMargin as ProbabilityMargin
@@ -70,12 +81,18 @@ from lightning_reg.metrics.members import EnsembleEntropy as EnsembleEntropy
 from lightning_reg.metrics.members import ExpectedEntropy as ExpectedEntropy
 from lightning_reg.metrics.members import MutualInformation as MutualInformation
 from lightning_reg.metrics.members import VariationRatio as VariationRatio
+from lightning_reg.metrics.opis import OperatingPointInconsistency as OperatingPointInconsistency
 from lightning_reg.metrics.pit import PITHistogram as PITHistogram
 from lightning_reg.metrics.quantiles import QuantileCalibrationError as QuantileCalibrationError
 from lightning_reg.metrics.regression_calibration import ExpectedNormalizedCalibrationError as ExpectedNormalizedCalibrationError
 from lightning_reg.metrics.regression_calibration import UncertaintyCalibrationError as UncertaintyCalibrationError
 from lightning_reg.metrics.risk_coverage import CoverageAtRisk as CoverageAtRisk
 from lightning_reg.metrics.risk_coverage import RiskAtCoverage as RiskAtCoverage
+from lightning_reg.metrics.rolling_entropy import HighEntropyShare as HighEntropyShare
+from lightning_reg.metrics.rolling_entropy import RollingEntropy as RollingEntropy
+from lightning_reg.metrics.routing import ExpertLoadEntropy as ExpertLoadEntropy
+from lightning_reg.metrics.routing import RouterEntropy as RouterEntropy
+from lightning_reg.metrics.routing import RoutingInformation as RoutingInformation
 from lightning_reg.metrics.selective import AUGRC as AUGRC
 from lightning_reg.metrics.selective import AURC as AURC
 from lightning_reg.metrics.selective import ExcessAURC as ExcessAURC
@@ -90,6 +107,8 @@ from lightning_reg.strategies.ddp_reg import RegularizedDDPStrategy as Regulariz
 from lightning_reg.strategies.guard import ReplicaError as ReplicaError
 from lightning_reg.techniques.adaptation.eata import EATA as EATA
 from lightning_reg.techniques.adaptation.tent import Tent as Tent
+from lightning_reg.techniques.attention.attention_entropy_maximization import AttentionEntropyMaximization as AttentionEntropyMaximization
+from lightning_reg.techniques.attention.attention_entropy_regularization import AttentionEntropyRegularization as AttentionEntropyRegularization
 from lightning_reg.techniques.continual.previous_task_anchor import PreviousTaskAnchor as PreviousTaskAnchor
 from lightning_reg.techniques.continual.previous_task_distillation import PreviousTaskDistillation as PreviousTaskDistillation
 from lightning_reg.techniques.contrastive.decoupled_contrastive import DecoupledContrastive as DecoupledContrastive
@@ -105,8 +124,11 @@ from lightning_reg.techniques.features.von_neumann_entropy import VonNeumannEntr
 from lightning_reg.techniques.generative.r1_penalty import R1Penalty as R1Penalty
 from lightning_reg.techniques.generative.wasserstein_gradient_penalty import WassersteinGradientPenalty as WassersteinGradientPenalty
 from lightning_reg.techniques.gradients.aaer import AAER as AAER
+from lightning_reg.techniques.gradients.adaptive_gradient_clipping import AdaptiveGradientClipping as AdaptiveGradientClipping
 from lightning_reg.techniques.gradients.adversarial_training import AdversarialTraining as AdversarialTraining
 from lightning_reg.techniques.gradients.elle import ELLE as ELLE
+from lightning_reg.techniques.gradients.gradient_centralization import GradientCentralization as GradientCentralization
+from lightning_reg.techniques.gradients.gradient_noise import GradientNoise as GradientNoise
 from lightning_reg.techniques.gradients.jacobian_penalty import JacobianPenalty as JacobianPenalty
 from lightning_reg.techniques.gradients.ortho_grad import OrthoGrad as OrthoGrad
 from lightning_reg.techniques.gradients.reconstruction_contraction import ReconstructionContraction as ReconstructionContraction
@@ -132,6 +154,7 @@ from lightning_reg.techniques.noisy_labels.generalized_cross_entropy import Gene
 from lightning_reg.techniques.noisy_labels.ldr_loss import ALDRLoss as ALDRLoss
 from lightning_reg.techniques.noisy_labels.ldr_loss import LDRLoss as LDRLoss
 from lightning_reg.techniques.noisy_labels.symmetric_cross_entropy import SymmetricCrossEntropy as SymmetricCrossEntropy
+from lightning_reg.techniques.outputs.ada_focal import AdaFocal as AdaFocal
 from lightning_reg.techniques.outputs.confidence_penalty import ConfidencePenalty as ConfidencePenalty
 from lightning_reg.techniques.outputs.correctness_aware_penalty import CorrectnessAwarePenalty as CorrectnessAwarePenalty
 from lightning_reg.techniques.outputs.dca import DCA as DCA
@@ -150,7 +173,13 @@ from lightning_reg.techniques.reweighting.label_distribution_aware_margin import
 from lightning_reg.techniques.reweighting.logit_adjusted_loss import LogitAdjustedLoss as LogitAdjustedLoss
 from lightning_reg.techniques.reweighting.worst_group_loss import WorstGroupLoss as WorstGroupLoss
 from lightning_reg.techniques.sharpness.adversarial_model_perturbation import AdversarialModelPerturbation as AdversarialModelPerturbation
+from lightning_reg.techniques.sharpness.esam import ESAM as ESAM
+from lightning_reg.techniques.sharpness.gsam import GSAM as GSAM
+from lightning_reg.techniques.sharpness.look_sam import LookSAM as LookSAM
+from lightning_reg.techniques.sharpness.mesa import MESA as MESA
+from lightning_reg.techniques.sharpness.saf import SAF as SAF
 from lightning_reg.techniques.sharpness.sam import SAM as SAM
+from lightning_reg.techniques.sharpness.wsam import WSAM as WSAM
 from lightning_reg.techniques.sparsity.random_sparse_mask import RandomSparseMask as RandomSparseMask
 from lightning_reg.techniques.weights.elastic_net import ElasticNet as ElasticNet
 from lightning_reg.techniques.weights.group_lasso import GroupLasso as GroupLasso
@@ -162,6 +191,11 @@ from lightning_reg.techniques.weights.logit_attenuating_weight_norm import Logit
 from lightning_reg.techniques.weights.max_norm import MaxNorm as MaxNorm
 from lightning_reg.techniques.weights.norm_loss import NormLoss as NormLoss
 from lightning_reg.techniques.weights.nuclear_norm import NuclearNorm as NuclearNorm
+from lightning_reg.techniques.weights.orthogonal_conv_regularizer import OrthogonalConvRegularizer as OrthogonalConvRegularizer
 from lightning_reg.techniques.weights.orthogonal_regularizer import OrthogonalRegularizer as OrthogonalRegularizer
+from lightning_reg.techniques.weights.parallel_path_product_penalty import ParallelPathProductPenalty as ParallelPathProductPenalty
+from lightning_reg.techniques.weights.path_norm_penalty import PathNormPenalty as PathNormPenalty
+from lightning_reg.techniques.weights.spectral_regularization import SpectralRegularization as SpectralRegularization
+from lightning_reg.techniques.weights.wasserstein_init import WassersteinInit as WassersteinInit
 
 __version__: str
