@@ -140,6 +140,7 @@ from lightning_reg.techniques.inputs.mixup import Mixup as Mixup
 from lightning_reg.techniques.inputs.zero_impute_mask import ZeroImputeMask as ZeroImputeMask
 from lightning_reg.techniques.labels.acls import ACLS as ACLS
 from lightning_reg.techniques.labels.label_smoothing import LabelSmoothing as LabelSmoothing
+from lightning_reg.techniques.language.cut_cross_entropy import CutCrossEntropyMixin as CutCrossEntropyMixin
 from lightning_reg.techniques.noise.drop_block import DropBlock as DropBlock
 from lightning_reg.techniques.noise.dropout_schedule import DropoutSchedule as DropoutSchedule
 from lightning_reg.techniques.noise.feature_noise import FeatureNoise as FeatureNoise

@@ -100,6 +100,7 @@ from lightning_reg.techniques.inputs.mixup import mixup as mixup
 from lightning_reg.techniques.inputs.zero_impute_mask import zero_impute_mask as zero_impute_mask
 from lightning_reg.techniques.labels.acls import acls as acls
 from lightning_reg.techniques.labels.label_smoothing import label_smoothing as label_smoothing
+from lightning_reg.techniques.language.cut_cross_entropy import cut_cross_entropy as cut_cross_entropy
 from lightning_reg.techniques.noise.drop_block import block_rate as block_rate
 from lightning_reg.techniques.noise.drop_block import drop_block as drop_block
 from lightning_reg.techniques.noise.dropout_schedule import dropout_factor as dropout_factor
