@@ -30,6 +30,7 @@ from lightning_reg.metrics.likelihood import (
     negative_log_likelihood,
 )
 from lightning_reg.metrics.reliability import draw_reliability
+from lightning_reg.metrics.uncertainty import CalibrationUncertainty, calibration_uncertainty
 
 __all__ = [
     "AverageCalibrationError",
@@ -37,6 +38,7 @@ __all__ = [
     "BrierScore",
     "CalibrationError",
     "CalibrationSuite",
+    "CalibrationUncertainty",
     "ExpectedAccuracy",
     "NegativeLogLikelihood",
     "OverconfidenceError",
@@ -48,6 +50,7 @@ __all__ = [
     "brier_score",
     "calibration_error",
     "calibration_suite",
+    "calibration_uncertainty",
     "draw_reliability",
     "expected_accuracy",
     "negative_log_likelihood",
