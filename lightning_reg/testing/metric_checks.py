@@ -43,8 +43,8 @@ class MetricSubject:
 
     def require_same_state(self, metric: Metric, of: Metric, what: str) -> None:
         for name, wanted in of.metric_state.items():
-            found = getattr(metric, name)
-            for f, w in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+            found = _joined_list(getattr(metric, name))
+            for f, w in zip(tree_leaves(found), tree_leaves(_joined_list(wanted)), strict=True):
                 same = torch.equal(f, w) if not w.is_floating_point() else _close(f, w, 1e-12)
                 self.require(same, f"{what}: the state `{name}` is {f} and not {w}")
 
@@ -328,6 +328,12 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
         return False
     pair = (found.detach().double().cpu(), wanted.detach().double().cpu())
     return torch.allclose(*pair, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _joined_list(state: Any) -> Any:
+    """A state that keeps samples, whatever the batches and the order that they came in."""
+    kept = isinstance(state, list) and len(state) > 0
+    return torch.cat(state).sort(0).values if kept else state
 
 
 def _size(metric: Metric) -> int:

@@ -1,6 +1,7 @@
 """Every metric of the catalogue keeps every promise of the contract."""
 
 import contextlib
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -97,13 +98,14 @@ def count_on_rank(cls, case, shards):
     """The value over all ranks, this rank's own counts after it, and the collectives it took."""
     metric = cls(**case.args)
     metric.update(*shards[torch.distributed.get_rank()])
-    own = {name: state.clone() for name, state in metric.metric_state.items()}
+    own = copy.deepcopy(metric.metric_state)
     calls = []
     with contextlib.ExitStack() as stack:
         for name in COLLECTIVES:
             stack.enter_context(_recorded(name, calls))
         value = metric.compute()
-    restored = all(torch.equal(own[n], s) for n, s in metric.metric_state.items())
+    kept = zip(tree_leaves(own), tree_leaves(metric.metric_state), strict=True)
+    restored = all(torch.equal(before, after) for before, after in kept)
     return tree_leaves(value), restored, calls
 
 
