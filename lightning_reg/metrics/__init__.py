@@ -132,6 +132,10 @@ from lightning_reg.metrics.members import (
     mutual_information,
     variation_ratio,
 )
+from lightning_reg.metrics.opis import (
+    OperatingPointInconsistency,
+    operating_point_inconsistency,
+)
 from lightning_reg.metrics.pit import (
     PITHistogram,
     pit_discrepancy,
@@ -186,6 +190,10 @@ from lightning_reg.metrics.squared_kernel import (
     SquaredKernelCalibrationError,
     squared_kernel_calibration_error,
 )
+from lightning_reg.metrics.uncertainty import (
+    CalibrationUncertainty,
+    calibration_uncertainty,
+)
 
 __all__ = [
     "AUGRC",
@@ -198,6 +206,7 @@ __all__ = [
     "ByGroup",
     "CalibrationError",
     "CalibrationSuite",
+    "CalibrationUncertainty",
     "ClassEntropy",
     "ConditionalEntropy",
     "CoverageAtRisk",
@@ -227,6 +236,7 @@ __all__ = [
     "MaximumMeanCalibrationError",
     "MutualInformation",
     "NegativeLogLikelihood",
+    "OperatingPointInconsistency",
     "OverconfidenceError",
     "PITHistogram",
     "Perplexity",
@@ -256,6 +266,7 @@ __all__ = [
     "by_group",
     "calibration_error",
     "calibration_suite",
+    "calibration_uncertainty",
     "class_entropy",
     "conditional_entropy",
     "coverage_at_risk",
@@ -290,6 +301,7 @@ __all__ = [
     "maximum_mean_calibration_error",
     "mutual_information",
     "negative_log_likelihood",
+    "operating_point_inconsistency",
     "overconfidence_error",
     "perplexity",
     "perturbed_cross_entropy",

@@ -18,7 +18,7 @@ from lightning_reg.metrics import (
     excess_aurc,
     risk_at_coverage,
 )
-from lightning_reg.metrics.ranking import harmonic_step
+from lightning_reg.metrics.ranking import Ranked, harmonic_step
 from tests.metrics.order_data import CONFIDENCE, CORRECT, TIED, binary, filled, two_classes
 
 # Five predictions on three levels: 2! x 2! orders.
@@ -67,6 +67,15 @@ def test_harmonic_numbers(start, length):
     found = float(harmonic_step(*torch.tensor([[start], [length]], dtype=torch.float64)))
     expected = sum(1 / k for k in range(start + 1, start + length + 1))
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_errors_first_and_last_in_a_group_are_the_extremes():
+    ranked = Ranked(torch.tensor([4.0, 2.0]), torch.tensor([1.4, 2.0]))
+    first, last = ranked.sorted_within(True), ranked.sorted_within(False)
+    assert first.sizes.tolist() == [1, 1, 2, 2]
+    assert first.errors.tolist() == pytest.approx([1, 0.4, 0, 2])
+    assert last.sizes.tolist() == [2, 1, 1, 2]
+    assert last.errors.tolist() == pytest.approx([0, 0.4, 1, 2])
 
 
 def test_a_billion_samples_keep_their_digits():
