@@ -23,11 +23,36 @@ from lightning_reg.metrics.confidence_bias import (
     underconfidence_error,
 )
 from lightning_reg.metrics.entropy import PredictiveEntropy, predictive_entropy
+from lightning_reg.metrics.gaussian_scores import (
+    GaussianCRPS,
+    GaussianNLL,
+    Sharpness,
+    gaussian_crps,
+    gaussian_nll,
+    sharpness,
+)
+from lightning_reg.metrics.intervals import (
+    IntervalCoverage,
+    IntervalWidth,
+    gaussian_interval,
+    gaussian_quantiles,
+    interval_coverage,
+    interval_width,
+)
 from lightning_reg.metrics.likelihood import (
     ExpectedAccuracy,
     NegativeLogLikelihood,
     expected_accuracy,
     negative_log_likelihood,
+)
+from lightning_reg.metrics.pit import PITHistogram, pit_discrepancy
+from lightning_reg.metrics.quantiles import QuantileCalibrationError, quantile_calibration_error
+from lightning_reg.metrics.regression_calibration import (
+    ExpectedNormalizedCalibrationError,
+    UncertaintyBins,
+    UncertaintyCalibrationError,
+    expected_normalized_calibration_error,
+    uncertainty_calibration_error,
 )
 from lightning_reg.metrics.reliability import draw_reliability
 from lightning_reg.metrics.uncertainty import CalibrationUncertainty, calibration_uncertainty
@@ -40,21 +65,43 @@ __all__ = [
     "CalibrationSuite",
     "CalibrationUncertainty",
     "ExpectedAccuracy",
+    "ExpectedNormalizedCalibrationError",
+    "GaussianCRPS",
+    "GaussianNLL",
+    "IntervalCoverage",
+    "IntervalWidth",
     "NegativeLogLikelihood",
     "OverconfidenceError",
+    "PITHistogram",
     "PredictiveEntropy",
+    "QuantileCalibrationError",
     "ReliabilityBins",
     "UnderconfidenceError",
     "average_calibration_error",
     "brier_decomposition",
     "brier_score",
+    "Sharpness",
+    "UncertaintyBins",
+    "UncertaintyCalibrationError",
     "calibration_error",
     "calibration_suite",
     "calibration_uncertainty",
     "draw_reliability",
     "expected_accuracy",
+    "expected_normalized_calibration_error",
+    "gaussian_crps",
+    "gaussian_interval",
+    "gaussian_nll",
+    "gaussian_quantiles",
+    "interval_coverage",
+    "interval_width",
     "negative_log_likelihood",
     "overconfidence_error",
     "predictive_entropy",
     "underconfidence_error",
+    "pit_discrepancy",
+    "predictive_entropy",
+    "quantile_calibration_error",
+    "sharpness",
+    "uncertainty_calibration_error",
 ]
