@@ -21,8 +21,19 @@ from lightning_reg.metrics.confidence_bias import (
     UnderconfidenceError,
     overconfidence_error,
     underconfidence_error,
+from lightning_reg.metrics.class_entropy import (
+    ClassEntropy,
+    MarginalEntropy,
+    class_entropy,
+    marginal_entropy,
 )
 from lightning_reg.metrics.entropy import PredictiveEntropy, predictive_entropy
+from lightning_reg.metrics.entropy_separation import (
+    EntropyHistogram,
+    EntropySeparation,
+    draw_entropies,
+    entropy_separation,
+)
 from lightning_reg.metrics.gaussian_scores import (
     GaussianCRPS,
     GaussianNLL,
@@ -30,6 +41,12 @@ from lightning_reg.metrics.gaussian_scores import (
     gaussian_crps,
     gaussian_nll,
     sharpness,
+)
+from lightning_reg.metrics.information import (
+    ConditionalEntropy,
+    LabelInformation,
+    conditional_entropy,
+    label_information,
 )
 from lightning_reg.metrics.intervals import (
     IntervalCoverage,
@@ -44,6 +61,16 @@ from lightning_reg.metrics.likelihood import (
     NegativeLogLikelihood,
     expected_accuracy,
     negative_log_likelihood,
+)
+from lightning_reg.metrics.members import (
+    EnsembleEntropy,
+    ExpectedEntropy,
+    MutualInformation,
+    VariationRatio,
+    ensemble_entropy,
+    expected_entropy,
+    mutual_information,
+    variation_ratio,
 )
 from lightning_reg.metrics.pit import PITHistogram, pit_discrepancy
 from lightning_reg.metrics.quantiles import QuantileCalibrationError, quantile_calibration_error
@@ -64,12 +91,21 @@ __all__ = [
     "CalibrationError",
     "CalibrationSuite",
     "CalibrationUncertainty",
+    "ClassEntropy",
+    "ConditionalEntropy",
+    "EnsembleEntropy",
+    "EntropyHistogram",
+    "EntropySeparation",
     "ExpectedAccuracy",
+    "ExpectedEntropy",
     "ExpectedNormalizedCalibrationError",
     "GaussianCRPS",
     "GaussianNLL",
     "IntervalCoverage",
     "IntervalWidth",
+    "LabelInformation",
+    "MarginalEntropy",
+    "MutualInformation",
     "NegativeLogLikelihood",
     "OverconfidenceError",
     "PITHistogram",
@@ -83,11 +119,18 @@ __all__ = [
     "Sharpness",
     "UncertaintyBins",
     "UncertaintyCalibrationError",
+    "VariationRatio",
     "calibration_error",
     "calibration_suite",
     "calibration_uncertainty",
+    "class_entropy",
+    "conditional_entropy",
+    "draw_entropies",
     "draw_reliability",
+    "ensemble_entropy",
+    "entropy_separation",
     "expected_accuracy",
+    "expected_entropy",
     "expected_normalized_calibration_error",
     "gaussian_crps",
     "gaussian_interval",
@@ -95,6 +138,9 @@ __all__ = [
     "gaussian_quantiles",
     "interval_coverage",
     "interval_width",
+    "label_information",
+    "marginal_entropy",
+    "mutual_information",
     "negative_log_likelihood",
     "overconfidence_error",
     "predictive_entropy",
@@ -104,4 +150,5 @@ __all__ = [
     "quantile_calibration_error",
     "sharpness",
     "uncertainty_calibration_error",
+    "variation_ratio",
 ]

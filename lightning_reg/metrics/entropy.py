@@ -8,32 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_reg.metrics.exact import MeanMetric
-from lightning_reg.metrics.inputs import (
-    Task,
-    check_arguments,
-    log_probabilities,
-    read_rows,
-)
+from lightning_reg.metrics.additive import evaluate
+from lightning_reg.metrics.dense import DenseMean
+from lightning_reg.metrics.inputs import Task, log_probabilities
 
 __all__ = ["PredictiveEntropy", "predictive_entropy"]
 
 
 def predictive_entropy(
     preds: Tensor,
+    target: Tensor | None = None,
     *,
     from_logits: bool,
     task: Task = "multiclass",
     normalized: bool = False,
+    class_dim: int = 1,
+    ignore_index: int | None = None,
     validate_args: bool = True,
 ) -> Tensor:
     r"""The mean entropy of predicted distributions, ``1/N sum_i -sum_k p_ik log p_ik``, in nats.
 
+    For pixels ``class_dim=1`` and (N, C, H, W); for tokens ``class_dim=-1`` and (N, T, V), which
+    makes it the token entropy of a language model.
+
     Args:
         preds: (N, C, ...) for ``"multiclass"``, (N, ...) of the positive class for ``"binary"``.
+        target: class indices, only needed to say with ``ignore_index`` which positions count.
         from_logits: whether ``preds`` are logits or probabilities; never guessed.
         task: ``"multiclass"`` or ``"binary"``.
         normalized: divide by ``log C`` (``log 2``): 0 is certain, 1 uniform.
+        class_dim: the dimension of the classes, where it is not 1.
+        ignore_index: positions with this class index do not count.
         validate_args: check values, which costs a host sync.
 
     Returns:
@@ -47,40 +52,50 @@ def predictive_entropy(
         >>> predictive_entropy(torch.zeros(1, 4), from_logits=True)
         tensor(1.3863, dtype=torch.float64)
     """
-    owner = "predictive_entropy"
-    check_arguments(owner, task, from_logits)
-    rows = read_rows(
-        owner,
-        preds,
-        None,
-        task=task,
+    metric = PredictiveEntropy(
         from_logits=from_logits,
-        ignore_index=None,
-        validate=validate_args,
+        task=task,
+        normalized=normalized,
+        class_dim=class_dim,
+        ignore_index=ignore_index,
+        validate_args=validate_args,
     )
-    return entropy_of_rows(rows.scores, from_logits, normalized).mean()
+    value: Tensor = evaluate(metric, preds, target)
+    return value
 
 
 def entropy_of_rows(scores: Tensor, from_logits: bool, normalized: bool = False) -> Tensor:
     """The entropy of each row (N,), in nats or in units of ``log C``."""
-    logs = log_probabilities(scores, from_logits)
+    entropy = entropy_of_logs(log_probabilities(scores, from_logits))
+    classes = 2 if scores.ndim == 1 else scores.shape[1]
+    return entropy / math.log(classes) if normalized else entropy
+
+
+def entropy_of_logs(logs: Tensor) -> Tensor:
+    """The entropy of distributions over the last dimension, from their logarithms, in nats."""
     # xlogy's convention, in terms of the logarithm: a probability of 0 contributes 0.
-    entropy = -(logs.exp() * logs.clamp_min(torch.finfo(logs.dtype).min)).sum(1)
-    return entropy / math.log(logs.shape[1]) if normalized else entropy
+    return -(logs.exp() * logs.clamp_min(torch.finfo(logs.dtype).min)).sum(-1)
 
 
-class PredictiveEntropy(MeanMetric):
+def entropy_of_shares(shares: Tensor) -> Tensor:
+    """The entropy of distributions over the last dimension, in nats."""
+    return torch.special.entr(shares).sum(-1)
+
+
+class PredictiveEntropy(DenseMean):
     """The mean entropy of predictions in nats, exact over batches and ranks.
 
-    See :func:`predictive_entropy`. The state is a float64 sum (float32 on MPS) and an int64
-    count.
+    See :func:`predictive_entropy`. The mean over samples of the entropy of each one's prediction
+    is the conditional entropy of the label given the input, under the model. The state is a
+    float64 sum (float32 on MPS) and an int64 count.
 
     Args:
         from_logits: whether predictions are logits or probabilities; never guessed.
         task: ``"multiclass"`` or ``"binary"``.
         normalized: divide by the logarithm of the number of classes.
+        class_dim: the dimension of the classes: 1 for (N, C, ...), -1 for (N, T, V).
         ignore_index: positions with this class index do not count; ``update`` then needs targets.
-        validate_args: check values, which costs a host sync a batch.
+        validate_args: check values, which costs a host sync a block of a batch.
         kwargs: those of ``torchmetrics.Metric``.
 
     Example:
