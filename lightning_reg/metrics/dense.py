@@ -1,24 +1,20 @@
-"""Metrics over pixels and tokens, read in blocks of rows."""
+"""Metrics over pixels and tokens: predictions whose classes lie in any dimension."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
-from lightning_reg.metrics.blocks import split_alike
 from lightning_reg.metrics.exact import ExactMetric, MeanMetric
-from lightning_reg.metrics.inputs import Rows, check_shapes, read_rows
 
 
 class DenseMetric(ExactMetric):
     """Base of metrics whose predictions may be images or sequences.
 
-    A batch is read in blocks (``metrics.blocks.BLOCK`` scores), so that what is made on the way
-    (float64 logarithms, masks, the rows themselves) is as large as a block and not as the batch.
-    :meth:`accumulate` gets the rows of one block.
+    :meth:`accumulate` gets rows in blocks, so that what is made on the way (float64 logarithms,
+    masks) is as large as a block and not as the batch.
 
     Args:
         class_dim: the dimension of the classes: 1 for (N, C, H, W), -1 for (N, T, V). A binary
@@ -51,44 +47,20 @@ class DenseMetric(ExactMetric):
                 "with `ignore_index` the targets say which positions count",
                 cure="metric.update(logits, target)",
             )
-        for rows in self._blocks(preds, target):
-            self.invalid = self.invalid + rows.invalid
-            self.accumulate(rows)
+        if self.task != "binary" and preds.ndim > 1:
+            preds, target = self._classes_second(preds, target)
+        super().update(preds, target)
 
-    def _blocks(self, preds: Tensor, target: Tensor | None) -> Iterator[Rows]:
-        preds, target = self._classes_last(preds, target)
-        positions = preds.ndim - (self.task == "multiclass")
-        given = [preds] if target is None else [preds, target]
-        for block in split_alike(given, positions):
-            rows = [t.reshape(-1, *t.shape[positions:]) for t in block]
-            yield read_rows(
-                self,
-                rows[0],
-                rows[1] if len(rows) > 1 else None,
-                task=self.task,
-                from_logits=self.from_logits,
-                ignore_index=self.ignore_index,
-                validate=self.validate_args,
-            )
-
-    def _classes_last(self, preds: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.task == "binary":
-            check_shapes(self, preds, target, self.task)
-            return preds, target
+    def _classes_second(self, preds: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not -preds.ndim <= self.class_dim < preds.ndim:
             raise ArgumentError(
                 self,
-                f"predictions of shape {tuple(preds.shape)} have no dimension {self.class_dim}; "
-                "needs float predictions (N, C, ...)",
+                f"predictions of shape {tuple(preds.shape)} have no dimension {self.class_dim}",
                 cure="class_dim=-1",
             )
-        soft = target is not None and target.is_floating_point() and target.shape == preds.shape
-        if preds.ndim > 1:
-            preds = preds.movedim(self.class_dim, 1)
-            target = target.movedim(self.class_dim, 1) if soft and target is not None else target
-        check_shapes(self, preds, target, self.task)
-        last = target.movedim(1, -1) if soft and target is not None else target
-        return preds.movedim(1, -1), last
+        if target is not None and target.is_floating_point() and target.shape == preds.shape:
+            target = target.movedim(self.class_dim, 1)
+        return preds.movedim(self.class_dim, 1), target
 
 
 class DenseMean(DenseMetric, MeanMetric):

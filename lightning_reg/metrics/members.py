@@ -243,7 +243,7 @@ class _MemberMetric(AdditiveMetric):
         finite = torch.isfinite(members.amax(2)).all(1)
         members = members[finite]
         if self.validate_args and not self.from_logits and len(members):
-            check_probabilities(self, members.flatten(0, 1))
+            check_probabilities(self, members.flatten(0, 1), "multiclass")
         shape = members.shape
         logs = log_probabilities(members.reshape(-1, shape[2]), self.from_logits).view(shape)
         most = _votes(members).amax(1)
