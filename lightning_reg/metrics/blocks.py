@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-BLOCK = 2**20
-"""Numbers in a block: 8 MiB in float64."""
+_BLOCK = 2**19
+_DEVICE_BLOCK = 2**25
 
 
 def split_alike(
-    tensors: Sequence[Tensor], positions: int, limit: int = BLOCK
+    tensors: Sequence[Tensor], positions: int, limit: int | None = None
 ) -> Iterator[list[Tensor]]:
     """Views of tensors that share their first dimensions, block by block.
 
@@ -21,8 +21,11 @@ def split_alike(
     Args:
         tensors: their first ``positions`` dimensions are the same.
         positions: how many dimensions may be cut.
-        limit: numbers of the first tensor in a block.
+        limit: numbers of the first tensor in a block; what fits into a processor's cache, or
+            more on other devices, by default.
     """
+    if limit is None:
+        limit = _BLOCK if tensors[0].device.type == "cpu" else _DEVICE_BLOCK
     sizes = tensors[0].shape[:positions]
     if tensors[0].numel() <= limit or max(sizes, default=1) == 1:
         yield list(tensors)
