@@ -79,7 +79,8 @@ def entropy_of_logs(logs: Tensor) -> Tensor:
 
 def entropy_of_shares(shares: Tensor) -> Tensor:
     """The entropy of distributions over the last dimension, in nats."""
-    return torch.special.entr(shares).sum(-1)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy
 
 
 class PredictiveEntropy(DenseMean):

@@ -56,7 +56,8 @@ def gaussian_quantiles(mean: Tensor, scale: Tensor, levels: Tensor, *, scale_is:
         )
     std = scale.sqrt() if scale_is == "variance" else scale
     z = torch.special.ndtri(levels.double()).to(mean)
-    return mean.unsqueeze(-1) + std.unsqueeze(-1) * z
+    quantiles: Tensor = mean.unsqueeze(-1) + std.unsqueeze(-1) * z
+    return quantiles
 
 
 def gaussian_interval(
