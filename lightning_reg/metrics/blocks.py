@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-_BLOCK = 2**19
-_DEVICE_BLOCK = 2**25
+from lightning_reg.metrics.inputs import _block_size
 
 
 def split_alike(
@@ -25,7 +24,7 @@ def split_alike(
             more on other devices, by default.
     """
     if limit is None:
-        limit = _BLOCK if tensors[0].device.type == "cpu" else _DEVICE_BLOCK
+        limit = _block_size(tensors[0])
     sizes = tensors[0].shape[:positions]
     if tensors[0].numel() <= limit or max(sizes, default=1) == 1:
         yield list(tensors)
