@@ -1,0 +1,1 @@
+"""Techniques on the weights of attention."""
