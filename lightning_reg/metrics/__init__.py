@@ -21,7 +21,6 @@ from lightning_reg.metrics.by_group import (
 )
 from lightning_reg.metrics.calibration import (
     CalibrationError,
-    ReliabilityBins,
     calibration_error,
 )
 from lightning_reg.metrics.calibration_suite import (
@@ -243,7 +242,6 @@ __all__ = [
     "PredictiveEntropy",
     "ProbabilityMargin",
     "QuantileCalibrationError",
-    "ReliabilityBins",
     "RiskAtCoverage",
     "RollingEntropy",
     "RouterEntropy",

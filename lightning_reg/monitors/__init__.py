@@ -6,7 +6,9 @@ from lightning_reg.monitors.calibration import (
 from lightning_reg.monitors.monitor import (
     Monitor,
 )
-from lightning_reg.monitors.overfit import OverfitMonitor
+from lightning_reg.monitors.overfit import (
+    OverfitMonitor,
+)
 from lightning_reg.monitors.post_hoc_calibration import (
     PostHocCalibration,
 )
