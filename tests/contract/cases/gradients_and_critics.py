@@ -2,10 +2,12 @@
 
 import torch
 
+from lightning_reg.mechanisms.contextual_decomposition import decompose, flat_layers
 from lightning_reg.techniques.fields.h1_seminorm_loss import h1_seminorm_loss
 from lightning_reg.techniques.fields.sobolev_norm_loss import sobolev_norm_loss
 from lightning_reg.techniques.generative.dragan_penalty import dragan_penalty
 from lightning_reg.techniques.generative.r2_penalty import r2_penalty
+from lightning_reg.techniques.gradients.cdep import cdep
 from lightning_reg.techniques.gradients.fisher_information_penalty import (
     fisher_information_penalty,
 )
@@ -48,6 +50,11 @@ def _reasons(x, weight):
     return right_for_right_reasons(torch.tanh(x @ weight), x, mask)
 
 
+def _contribution(probe):
+    layers = flat_layers([probe.module.encoder, probe.module.head])
+    return cdep(*decompose(layers, probe.inputs, (torch.arange(8) < 3).double()[None])).mean()
+
+
 def _losses():
     return torch.tensor([0.1, 0.9, 2.0], dtype=torch.float64, requires_grad=True)
 
@@ -84,6 +91,15 @@ CASES = {
         bad_late=[{"layer": "no_such_layer"}],
         expected=lambda probe: fisher_information_penalty(probe.logits, probe.inputs).mean(),
         gradcheck=lambda: (_fisher, _pair()),
+    ),
+    "CDEP": ContractCase(
+        args={"strength": 1.0, "layers": ["encoder", "dropout", "head"]},
+        neutral={"strength": 0.0},
+        bad=[{"layers": []}, {"layers": [""]}, {"mask": ""}, {"score": "none"}],
+        bad_late=[{"layers": ["no_such_layer"]}],
+        host=MaskedHost,
+        expected=_contribution,
+        gradcheck=lambda: (cdep, (_pair()[0], _pair()[1][:3].detach().requires_grad_())),
     ),
     "RightForRightReasons": ContractCase(
         args={"strength": 0.5},
