@@ -132,7 +132,10 @@ def _batches(owner: Regularizer, trainer: pl.Trainer, comm: Communicator) -> Ite
     fewest = -(-(len(dataset) // comm.world_size) // size)
     joint = any(isinstance(m, nn.SyncBatchNorm) for m in trainer.lightning_module.modules())
     again: DataLoader[Any] = DataLoader(
-        dataset, batch_size=size, sampler=list(share), collate_fn=loader.collate_fn
+        dataset,
+        batch_size=size,
+        sampler=list(share),
+        collate_fn=loader.collate_fn,  # type: ignore[union-attr]
     )
     for index, batch in enumerate(again):
         if joint and index >= fewest:
