@@ -256,7 +256,8 @@ def strength_drawing(history: Sequence[Entry], prefix: str, title: str = "") -> 
     spread = {name: _spread([e[name] for e in history if name in e]) for name in names}
     shown = sorted(sorted(names, key=lambda name: -spread[name])[:_MOST_TECHNIQUES])
     figure = new_figure(9.4, 2.9 * max(1, len(shown)) + 0.4)
-    figure.get_layout_engine().set(wspace=0.08, hspace=0.06)  # type: ignore[union-attr]
+    layout: Any = figure.get_layout_engine()
+    layout.set(wspace=0.08, hspace=0.06)
     grid = figure.subplots(max(1, len(shown)), 2, squeeze=False)
     numbers: dict[str, Any] = {}
     for row, name in zip(grid, shown, strict=False):

@@ -34,7 +34,7 @@ __all__ = ["EntropyMonitor"]
 Mask = str | Callable[[Step], Tensor]
 _LOGGED = {
     "entropy": "entropy",
-    "entropy_separation": "separation of wrong from right",
+    "entropy_separation": "separation",
     "marginal_entropy": "marginal entropy",
     "attention_entropy": "attention entropy",
 }
