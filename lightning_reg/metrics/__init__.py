@@ -186,6 +186,10 @@ from lightning_reg.metrics.squared_kernel import (
     SquaredKernelCalibrationError,
     squared_kernel_calibration_error,
 )
+from lightning_reg.metrics.uncertainty import (
+    CalibrationUncertainty,
+    calibration_uncertainty,
+)
 
 __all__ = [
     "AUGRC",
@@ -198,6 +202,7 @@ __all__ = [
     "ByGroup",
     "CalibrationError",
     "CalibrationSuite",
+    "CalibrationUncertainty",
     "ClassEntropy",
     "ConditionalEntropy",
     "CoverageAtRisk",
@@ -256,6 +261,7 @@ __all__ = [
     "by_group",
     "calibration_error",
     "calibration_suite",
+    "calibration_uncertainty",
     "class_entropy",
     "conditional_entropy",
     "coverage_at_risk",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_reg.engine.optional import require
 from lightning_reg.metrics.binning import ReliabilityBins
 from lightning_reg.metrics.readings import Norm, error_of_bins
+from lightning_reg.metrics.uncertainty import accuracy_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,12 @@ def new_figure(width: float = 4.2, height: float = 4.2) -> Figure:
 
 
 def draw_reliability(
-    bins: ReliabilityBins, *, norm: Norm = "l1", title: str = "", ax: Any = None
+    bins: ReliabilityBins,
+    *,
+    norm: Norm = "l1",
+    title: str = "",
+    ax: Any = None,
+    level: float | None = None,
 ) -> tuple[Figure, Axes]:
     """Accuracy against confidence by bin, the gap between them, and the share of each bin.
 
@@ -37,6 +43,8 @@ def draw_reliability(
         norm: the error that is written into the diagram.
         title: a line above it.
         ax: a matplotlib axes to draw into; a new figure without.
+        level: draw the Clopper-Pearson interval of each bin's accuracy at this level, 0.95 for
+            example; needs scipy, and labels that are not soft.
 
     Returns:
         The figure and the axes.
@@ -60,6 +68,8 @@ def draw_reliability(
     }
     axes.bar(left, accuracy, color=_BAR, label="accuracy", **style)
     axes.bar(left, gap, bottom=low, color=_GAP, alpha=0.5, label="gap", **style)
+    if level is not None:
+        _draw_band(axes, bins, filled, width, level)
     axes.step(
         [0.0, *[x for b in left for x in (b, b, b + width, b + width)], 1.0],
         [0.0, *[y for s in share for y in (0.0, s, s, 0.0)], 0.0],
@@ -74,3 +84,17 @@ def draw_reliability(
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=title)
     axes.legend(loc="lower right", fontsize="x-small", framealpha=0.9)
     return figure, axes
+
+
+def _draw_band(
+    axes: Axes, bins: ReliabilityBins, filled: list[int], width: float, level: float
+) -> None:
+    lower, upper = (end[filled].tolist() for end in accuracy_band(bins, level))
+    accuracy = bins.accuracy[filled].tolist()
+    ends = [
+        [a - low for a, low in zip(accuracy, lower, strict=True)],
+        [high - a for a, high in zip(accuracy, upper, strict=True)],
+    ]
+    middle = [(b + 0.5) * width for b in filled]
+    style: dict[str, Any] = {"fmt": "none", "ecolor": "#333333", "elinewidth": 1, "capsize": 2}
+    axes.errorbar(middle, accuracy, yerr=ends, label=f"{level:.0%} interval", **style)

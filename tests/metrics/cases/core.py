@@ -114,6 +114,11 @@ CASES = {
         *_usual(num_classes=5, sweep=(10, 20))[:2],
         *_usual(view="top_k", top_k=3)[:1],
     ],
+    "CalibrationUncertainty": [
+        case
+        for norm in ("l1", "l2", "max")
+        for case in (_usual(norm=norm, resamples=50)[i] for i in (0, 2, 3, 4))
+    ],
     "ExpectedAccuracy": _usual(),
     "NegativeLogLikelihood": _usual(),
 }
