@@ -96,7 +96,7 @@ def test_a_name_is_found_in_any_case_and_a_wrong_one_names_the_nearest():
 
 def test_families_and_mechanisms_follow_from_where_classes_live():
     entry = next(e for e in catalogue.entries() if e.name == "SAM")
-    assert (entry.family, entry.mechanism) == ("sharpness", "WeightPerturbation")
+    assert (entry.family, entry.mechanism) == ("sharpness", "NormalizedAscent")
     assert "callback" in entry.kinds
     json.dumps([e.as_dict() for e in catalogue.entries()])
     assert all(issubclass(c, Regularizer) for c in catalogue.callbacks())

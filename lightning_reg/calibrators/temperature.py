@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ _UNIFORM = 1e-4
 _VANISHED, _NEGLIGIBLE = 800.0, 40.0
 _STEPS = 400
 _BITS = 40
+_BLOCK = 2**20
 
 
 def fit_temperature(
@@ -93,8 +94,8 @@ class TemperatureScaling(Calibrator):
         Over ranks: each keeps its own rows, and a step of Newton's method reduces four integers
         (about ten steps in all). Sums are exact, so that neither the order of samples nor their
         spread over ranks matters: ``T``, rounded to 40 bits, is the same bit for bit on any number
-        of ranks. Cost: a softmax over the held-out logits in float64 per step; memory: a few
-        times the logits of one rank in float64.
+        of ranks. Cost: a softmax over the held-out logits in float64 per step; memory: twice the
+        logits of one rank in float64.
 
         It hurts nowhere that it is fitted on the data it is used on; on shifted data the
         temperature is the old one.
@@ -208,66 +209,92 @@ class _HeldOut:
             if targets.is_floating_point():
                 targets = torch.stack([1 - targets, targets], 1)
         self.comm = comm
-        distance = scores - scores.amax(1, keepdim=True)
-        self.masked = distance == -torch.inf
-        distance = distance.masked_fill(self.masked, 0.0)
-        self._check_labels(owner, targets, scores)
-        gaps = -distance[distance < 0]
-        self.spread = float(comm.reduce(_largest(gaps, scores), "max"))
+        self.distance = scores - scores.amax(1, keepdim=True)
+        self.masked = bool(comm.reduce(self._any_masked(), "max"))
+        if self.masked:
+            self._check_labels(owner, targets)
+        self.spread, gap = self._extremes()
         unit = self.spread or 1.0
-        self.smallest_gap = -float(comm.reduce(_largest(-gaps, scores, -math.inf), "max")) / unit
-        self.distance = distance / unit
+        self.smallest_gap = gap / unit
+        self.distance /= unit
         count = comm.reduce(torch.tensor(len(scores), device=scores.device))
         # Sums of so many numbers up to 2 stay within an int64.
-        self.shift = 60 - int(count).bit_length()
-        self._read_labels(targets, scores)
+        self.unit = 2.0 ** (60 - int(count).bit_length())
+        self._read_labels(targets)
 
     def slope_and_curvature(self, inverse: float) -> tuple[float, float]:
         """Of the summed negative log-likelihood, by ``1 / T``; in scaled units."""
-        weights = (inverse * self.distance).exp().masked_fill(self.masked, 0.0)
-        p = weights / weights.sum(1, keepdim=True)
-        mean = (p * self.distance).sum(1)
-        spread = (p * (self.distance - mean.unsqueeze(1)).square()).sum(1)
-        slope, curvature = self._sums(self.mass * mean - self.of_label, self.mass * spread)
+        words = torch.zeros(4, dtype=torch.int64, device=self.distance.device)
+        for distance, mass, of_label in self._blocks(self.distance, self.mass, self.of_label):
+            finite, p = self._probabilities(distance, inverse)
+            mean = (p * finite).sum(1)
+            spread = (p * (finite - mean.unsqueeze(1)).square()).sum(1)
+            words += self._words(mass * mean - of_label, mass * spread)
+        slope, curvature = self._joined(words)
         return slope, curvature
 
     def slope_at_infinity(self) -> float:
         """The limit of the slope: the labels' distances, which are 0 at a largest logit."""
-        return self._sums(-self.of_label)[0]
+        return self._joined(self._words(-self.of_label))[0]
 
-    def _read_labels(self, targets: Tensor, scores: Tensor) -> None:
+    def _probabilities(self, distance: Tensor, inverse: float) -> tuple[Tensor, Tensor]:
+        """Distances with 0 in place of masked classes, and probabilities, 0 for these."""
+        if not self.masked:
+            return distance, (inverse * distance).softmax(1)
+        masked = distance == -torch.inf
+        finite = distance.masked_fill(masked, 0.0)
+        return finite, (inverse * finite).masked_fill(masked, -torch.inf).softmax(1)
+
+    def _extremes(self) -> tuple[float, float]:
+        """The largest distance and the smallest above 0."""
+        bounds = self.distance.new_tensor([0.0, -math.inf])
+        for (distance,) in self._blocks(self.distance):
+            largest = -distance.masked_fill(distance == -torch.inf, 0.0).amin()
+            smallest = distance.masked_fill(distance == 0, -torch.inf).amax()
+            bounds = torch.maximum(bounds, torch.stack([largest, smallest]))
+        spread, gap = self.comm.reduce(bounds, "max").tolist()
+        return spread, -gap
+
+    def _read_labels(self, targets: Tensor) -> None:
         if targets.is_floating_point():
-            self.of_label = (targets * self.distance).sum(1)
+            self.of_label = (targets * self.distance).where(targets > 0, 0.0).sum(1)
             self.mass = targets.sum(1)
         else:
             self.of_label = self.distance.gather(1, targets.unsqueeze(1)).squeeze(1)
             self.mass = torch.ones_like(self.of_label)
-        self.weight = self._sums(self.mass)[0]
+        self.weight = self._joined(self._words(self.mass))[0]
 
-    def _sums(self, *values: Tensor) -> list[float]:
-        """Sums over all ranks that do not depend on the order: two words of fixed point each."""
-        unit = 2.0**self.shift
+    def _words(self, *values: Tensor) -> Tensor:
+        """Sums that do not depend on the order: two words of fixed point for each."""
         words = []
         for value in values:
-            scaled = value * unit
+            scaled = value * self.unit
             high = scaled.round()
-            low = ((scaled - high) * unit).round()
+            low = ((scaled - high) * self.unit).round()
             words += [high.to(torch.int64).sum(), low.to(torch.int64).sum()]
-        whole = self.comm.reduce(torch.stack(words)).tolist()
-        scale = 1 << self.shift
-        return [
-            (high * scale + low) / scale**2 for high, low in zip(*[iter(whole)] * 2, strict=True)
-        ]
+        return torch.stack(words)
 
-    def _check_labels(self, owner: object, targets: Tensor, scores: Tensor) -> None:
-        if self.masked.any() and bool((one_hot(targets, scores)[self.masked] > 0).any()):
+    def _joined(self, words: Tensor) -> list[float]:
+        """The sums over all ranks."""
+        whole = self.comm.reduce(words).tolist()
+        unit = int(self.unit)
+        pairs = zip(whole[::2], whole[1::2], strict=True)
+        return [(high * unit + low) / unit**2 for high, low in pairs]
+
+    def _blocks(self, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Rows in blocks that fit a cache, so that nothing of the whole size is made."""
+        size = max(1, _BLOCK // columns[0].shape[1])
+        return zip(*(column.split(size) for column in columns if len(column)), strict=True)
+
+    def _any_masked(self) -> Tensor:
+        return (self.distance == -torch.inf).any().to(torch.int32)
+
+    def _check_labels(self, owner: object, targets: Tensor) -> None:
+        masked = self.distance == -torch.inf
+        if bool((one_hot(targets, self.distance)[masked] > 0).any()):
             raise ArgumentError(
                 owner,
                 "a label belongs to a class that is masked with -inf: it has no likelihood at any "
                 "temperature",
                 cure="ignore_index=-100 for such positions",
             )
-
-
-def _largest(values: Tensor, like: Tensor, default: float = 0.0) -> Tensor:
-    return values.amax() if values.numel() else like.new_tensor(default)

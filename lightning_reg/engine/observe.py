@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.communicator import Communicator
+from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.signals import SignalReader, Signals
 from lightning_reg.engine.step import Step
 
@@ -94,6 +96,55 @@ class Observer:
         self._capture.detach()
 
 
+def held_out_steps(
+    technique: Regularizer, trainer: pl.Trainer, module: pl.LightningModule, loader: Any
+) -> Iterator[tuple[Step, Tensor | None]]:
+    """Runs ``self(inputs)`` over held-out data, in evaluation mode and without gradients.
+
+    A loader without a DistributedSampler is run by every rank, as sharded weights need, and each
+    rank is given every world-size-th batch of it.
+
+    Args:
+        technique: for whom signals are looked up.
+        trainer: the Trainer of the run.
+        module: the user's module.
+        loader: the held-out data.
+
+    Yields:
+        The step of each batch of this rank's share, and (B,) False for samples that a sampler
+        repeats, or ``None`` if all count.
+    """
+    observer = Observer(technique, trainer, module, "forward")
+    comm = observer.comm
+    spread = hasattr(getattr(loader, "sampler", None), "num_replicas")
+
+    def forward(batch: Any) -> Any:
+        step = Step(observer, batch, 0)  # type: ignore[arg-type]
+        step.hook = observer.hook
+        return module(step.asked_by(technique).inputs)
+
+    try:
+        with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for index, given in enumerate(loader):
+                batch = trainer.strategy.batch_to_device(given, dataloader_idx=0)
+                step = observer.observe(forward, batch, index)
+                if spread or index % comm.world_size == comm.rank:
+                    logits = step.logits
+                    repeated = padding_mask(loader, index, len(logits), logits.device)
+                    yield step, None if repeated is None else ~repeated
+    finally:
+        observer.close()
+
+
+def validation_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The Trainer's validation dataloaders; none before it has made any."""
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        return []
+    loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Every submodule in evaluation mode; afterwards each in the mode that it was in."""
@@ -122,4 +173,11 @@ def sparing_collections(module: nn.Module) -> Iterator[None]:
             part.__dict__.update(values)
 
 
-__all__ = ["Observer", "StepWatcher", "evaluating", "sparing_collections"]
+__all__ = [
+    "Observer",
+    "StepWatcher",
+    "evaluating",
+    "held_out_steps",
+    "sparing_collections",
+    "validation_loaders",
+]

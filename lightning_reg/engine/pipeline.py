@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_reg.engine.batch_rows import batch_size, take_rows
 from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.checks import (
     acts_in_loss,
@@ -250,7 +251,12 @@ class TrainingStepPipeline:
         self.applied.update(t.name for t in active)
         return self._regularized(step, active)
 
-    def rerun(self, step: Step, read: Callable[[], Tensor] | None = None) -> Tensor:
+    def rerun(
+        self,
+        step: Step,
+        read: Callable[[], Tensor] | None = None,
+        look: Callable[[], object] | None = None,
+    ) -> Tensor:
         """Phases 2 to 4 of ``step`` once more, without a trace; see :meth:`Step.rerun`."""
         assert step.replay is not None
         state, *call = step.replay
@@ -264,11 +270,23 @@ class TrainingStepPipeline:
                 self._forward(step, active, *call)
                 return read()
             total = self._evaluate(step, active, *call)
+            if look is not None:
+                look()
         if total is None:
             raise UnsupportedError(
                 "lightning_reg", "`training_step` returned a loss first and None when run again"
             )
         return total
+
+    def part(self, step: Step, rows: Tensor) -> Step:
+        """See :meth:`Step.part`."""
+        size = batch_size(step.batch)
+        part = Step(self, take_rows(step.batch, rows, size), step.batch_idx)
+        index = step.sample_index
+        part._index = None if index is None else index[rows]
+        part.rows, part.whole_size, part.given = rows, size, step.given
+        part.replay = step.replay
+        return part
 
     # ------------------------------------------------------------------ phases 6 to 8
 

@@ -12,6 +12,7 @@ from lightning_reg.engine.capture import FORWARD
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import MissingSignalError, RegularizationError
 from lightning_reg.engine.memory import take_index
+from lightning_reg.engine.seen import Features, kind_of
 from lightning_reg.engine.signals import (
     SignalReader,
     Source,
@@ -130,6 +131,9 @@ class Step(RunContext):
         self.kept: dict[str, Any] = {}  # by technique, until the last pass
         self.replay: tuple[Any, Any, tuple[Any, ...], dict[str, Any]] | None = None
         self._asking: Regularizer | None = None
+        # Which samples of the micro-batch these are, of how many: see `part`.
+        self.rows: Tensor | None = None
+        self.whole_size = 0
 
     # ------------------------------------------------------------------ signals
 
@@ -176,9 +180,9 @@ class Step(RunContext):
         return full_precision(self._signal("logits"))
 
     @property
-    def features(self) -> _Features:
+    def features(self) -> Features:
         """The captured output of a layer: ``step.features["encoder"]``."""
-        return _Features(self)
+        return Features(self)
 
     def find(self, signal: str) -> Any:
         """A signal that may be absent: its value, or ``None`` if no usual place holds it."""
@@ -202,8 +206,9 @@ class Step(RunContext):
         if not isinstance(value, Tensor):
             raise MissingSignalError(
                 self._owner(),
-                f"needs the output of layer {layer!r} as one tensor and saw {_kind(value)} in the "
-                f"first {self.hook}. Seen: {'; '.join(self._seen()) or 'no call of a submodule'}",
+                f"needs the output of layer {layer!r} as one tensor and saw {kind_of(value)} "
+                f"in the first {self.hook}. "
+                f"Seen: {'; '.join(self._seen()) or 'no call of a submodule'}",
                 cure=f'layer="<the name of a submodule that {self.hook} calls once>"',
             )
         return value if as_captured else full_precision(value)
@@ -212,7 +217,11 @@ class Step(RunContext):
     def padding(self) -> Tensor | None:
         """True for samples that a DistributedSampler repeated to fill up the last batch."""
         index = self.sample_index
-        return None if index is None else self._pipeline.padding(self.batch_idx, len(index))
+        if index is None:
+            return None
+        size = len(index) if self.rows is None else self.whole_size
+        repeated = self._pipeline.padding(self.batch_idx, size)
+        return repeated if repeated is None or self.rows is None else repeated[self.rows]
 
     # ------------------------------------------------------------------ acting
 
@@ -247,13 +256,28 @@ class Step(RunContext):
         count = (self.global_step,) if per == "step" else (self.epoch, self.batch_idx)
         return self._pipeline.generator(technique.name, shared, per, *count)
 
-    def rerun(self, read: Callable[[], Tensor] | None = None) -> Tensor:
+    def rerun(
+        self,
+        read: Callable[[], Tensor] | None = None,
+        look: Callable[[], object] | None = None,
+    ) -> Tensor:
         """Phases 2 to 4 once more with weights and batch as they are now; returns the new loss.
 
         Same random numbers; logs are silent; metrics and buffers (BatchNorm) do not count it.
-        With ``read`` phase 2 alone: what ``read()`` makes of the new outputs.
+
+        Args:
+            read: phase 2 alone: what this makes of the new outputs is returned.
+            look: called at the end, while signals are those of this run.
         """
-        return self._pipeline.rerun(self, read)
+        return self._pipeline.rerun(self, read, look)
+
+    def part(self, rows: Tensor) -> Step:
+        """The samples ``rows`` of this micro-batch as a step of their own, to be re-run.
+
+        Of everything in the batch that has one entry a sample, it holds those of ``rows``. Call
+        :meth:`forget` on it.
+        """
+        return self._pipeline.part(self, rows)
 
     def forget(self) -> None:
         """Drop what :meth:`rerun` needs, once no more re-run comes."""
@@ -319,7 +343,7 @@ class Step(RunContext):
             raise MissingSignalError(
                 self._owner(),
                 f"`{signal}` was to be found at {source!r}, but there is no {error.args[0]!r}. "
-                f"The batch is {_kind(self.batch)}, {self.hook} returned {_kind(self.outputs)}",
+                f"The batch is {kind_of(self.batch)}, {self.hook} returned {kind_of(self.outputs)}",
                 cure=f'signals=Signals({signal}="batch.<key>")',
             ) from error
 
@@ -380,38 +404,12 @@ class Step(RunContext):
         lines = []
         for name, calls in self.records.items():
             label = f"module.{name}" if name else "forward"
-            shapes = ", ".join(_kind(call) for call in calls[:3])
+            shapes = ", ".join(kind_of(call) for call in calls[:3])
             lines.append(f'"{label}" -> {shapes}' + (" ..." if len(calls) > 3 else ""))
         return lines
-
-
-class _Features(Mapping[str, Tensor]):
-    """Outputs of layers by name."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    def __getitem__(self, layer: str) -> Tensor:
-        return self._step.feature(layer)
-
-    def __iter__(self) -> Any:
-        return iter(self._step.records)
-
-    def __len__(self) -> int:
-        return len(self._step.records)
 
 
 def full_precision(value: Tensor) -> Tensor:
     """``value`` in float32 where it is a half-precision float; gradients pass."""
     half = value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"Tensor{tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_kind(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}"
-    return type(value).__name__

@@ -38,6 +38,9 @@ from lightning_reg.mechanisms.selected_weights import SelectedWeights
 
 Place = tuple[nn.Module, str]
 
+# Of techniques on activations.
+OWN_NOISE = {"accumulation": "each micro-batch draws its own noise for its samples"}
+
 
 class ForwardNoise(SelectedWeights):
     """Base of techniques that run the user's step with other weights.
@@ -248,4 +251,4 @@ def _put(holder: nn.Module, attribute: str, weight: Tensor) -> None:
     holder._parameters[attribute] = weight  # type: ignore[assignment]
 
 
-__all__ = ["ActivationNoise", "ForwardNoise", "exchanged"]
+__all__ = ["OWN_NOISE", "ActivationNoise", "ForwardNoise", "exchanged"]

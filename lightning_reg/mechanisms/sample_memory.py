@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_reg.engine import (
@@ -81,6 +82,13 @@ class SampleTable:
                 cure=f"{self.owner}(num_classes={width})",
             )
         return self.memory
+
+    def forget(self) -> None:
+        """No row has been written."""
+        if self.memory is not None:
+            self.memory.seen.zero_()
+        if self._loaded is not None:
+            self._loaded = {**self._loaded, "seen": torch.zeros_like(self._loaded["seen"])}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The table, if there is one."""

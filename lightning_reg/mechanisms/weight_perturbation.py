@@ -1,12 +1,15 @@
 """Sharpness-aware techniques: the gradient is taken at weights that a first gradient points to.
 
-A technique supplies :meth:`WeightPerturbation.perturbation`, and overrides
-:meth:`WeightPerturbation.constrain` if several ascent steps have to stay in a ball. The mechanism
-takes care of
+A technique supplies :meth:`WeightPerturbation.perturbation`. It overrides
+:meth:`WeightPerturbation.constrain` if several ascent steps have to stay in a ball,
+:meth:`WeightPerturbation.combine` if the optimizer is to get more than the gradient at the
+perturbed weights, :meth:`WeightPerturbation.first_gradients` and
+:meth:`WeightPerturbation.second_loss` to save a part of a pass. The mechanism takes care of
 
 - the first pass: ``autograd.grad``, so neither ``.grad`` nor the hooks of any DDP variant notice;
 - the window over which sharpness is meant: one micro-batch, a rank's accumulation window, or that
   of all ranks;
+- steps without a perturbation, where only every ``interval``-th one has it;
 - the second pass: the same random numbers, silent logs, metrics and BatchNorm counted once;
 - fp16 scaling: gradients pass through the scale, an overflow on one rank skips all perturbations;
 - weights that FSDP2 shards: the first pass is a backward whose gradients, already the mean over
@@ -37,7 +40,9 @@ from lightning_reg.engine.sharding import (
     put_weights_away,
     whole,
 )
+from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import RunContext, Step
+from lightning_reg.mechanisms.tensor_lists import filled, mean_over_ranks, sum_into
 
 Sharpness = Literal["micro", "rank", "global"]
 _SHARPNESS = ("micro", "rank", "global")
@@ -54,6 +59,7 @@ class WeightPerturbation(Regularizer):
             equal one process with the joined batch. The last two keep the window's batches in
             memory until its end.
         steps: ascent steps before the gradient is taken; each costs one forward and backward.
+        interval: perturb in every n-th optimizer step only.
         name: the name in logs and checkpoints.
 
     The log value is the rise of the loss from the clean to the perturbed weights. The loss that
@@ -71,28 +77,34 @@ class WeightPerturbation(Regularizer):
         *,
         sharpness: Sharpness = "micro",
         steps: int = 1,
+        interval: int = 1,
+        signals: Signals | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(strength, name=name)
+        super().__init__(strength, signals=signals, name=name)
         if sharpness not in _SHARPNESS:
             raise ArgumentError(
                 self,
                 f"`sharpness` must be one of {', '.join(_SHARPNESS)}, got {sharpness!r}",
                 cure=f'{type(self).__name__}(sharpness="micro")',
             )
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ArgumentError(
-                self,
-                f"`steps` must be a whole number from 1, got {steps!r}",
-                cure=f"{type(self).__name__}(steps=1)",
-            )
+        for argument, value in (("steps", steps), ("interval", interval)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(
+                    self,
+                    f"`{argument}` must be a whole number from 1, got {value!r}",
+                    cure=f"{type(self).__name__}({argument}=1)",
+                )
         self.sharpness = sharpness
         self.steps = steps
+        self.interval = interval
         self._saved: list[Tensor] = []
         self._moved: list[Tensor] = []
         self._window: list[Step] = []
         self._clean: list[Tensor] = []
         self._ascent: list[Tensor | None] = []
+        self._kept: list[Tensor | None] = []
+        self._kept_of: list[nn.Parameter] = []
 
     @abstractmethod
     def perturbation(
@@ -111,9 +123,63 @@ class WeightPerturbation(Regularizer):
         """The sum of the ascent steps so far, brought back to where it may be."""
         return displacement
 
+    @property
+    def combines(self) -> bool:
+        """Whether :meth:`combine` is asked; fixed by the arguments."""
+        return False
+
+    @property
+    def keeps_clean(self) -> bool:
+        """Whether the gradient at the clean weights is wanted after the backward, to be taken."""
+        return False
+
+    def combine(
+        self, weights: list[nn.Parameter], clean: list[Tensor], perturbed: list[Tensor]
+    ) -> list[Tensor]:
+        """What the optimizer gets.
+
+        Both gradients are means over what ``sharpness`` says: a micro-batch, a rank's window, or
+        that of all ranks. The second backward then runs before DDP's reduction, not along with it.
+        """
+        return perturbed
+
+    def first_gradients(
+        self, step: Step, total: Tensor, weights: list[nn.Parameter]
+    ) -> list[Tensor | None]:
+        """The gradient that the ascent follows; ``None`` for a weight that stays in place."""
+        return _gradients(step, total, weights)
+
+    def second_loss(self, step: Step) -> tuple[Tensor, Tensor]:
+        """At the perturbed weights: the loss that is differentiated, and the loss of the batch."""
+        loss = step.rerun()
+        return loss, loss.detach()
+
+    def is_due(self, context: RunContext) -> bool:
+        """Whether this optimizer step has a perturbation."""
+        return context.global_step % self.interval == 0
+
     def active(self, context: RunContext) -> bool:
         """A window that was begun is finished, whatever became of the strength."""
-        return bool(self._window) or context.strength(self) != 0
+        if self._window:
+            return True
+        off = isinstance(context, Step) and not self.is_due(context)
+        return not off and context.strength(self) != 0
+
+    def keep(self, weights: list[nn.Parameter], tensors: Sequence[Tensor]) -> None:
+        """Remember one tensor a weight, at the scope of :meth:`combine`, until the step's end."""
+        self._kept = sum_into(self._kept, list(tensors))
+        self._kept_of = weights
+
+    def take_kept(self, context: RunContext) -> dict[nn.Parameter, Tensor]:
+        """The mean over micro-batches and ranks of what was kept; a collective of that size."""
+        kept, self._kept = [t for t in self._kept if t is not None], []
+        if not kept:
+            return {}
+        if self.sharpness == "micro":
+            torch._foreach_div_(kept, float(context.trainer.accumulate_grad_batches))
+        if self.sharpness != "global":
+            kept = mean_over_ranks(context, kept)
+        return dict(zip(self._kept_of, kept, strict=True))
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse the gradient of one rank where only that of all ranks exists."""
@@ -131,8 +197,8 @@ class WeightPerturbation(Regularizer):
         if self.sharpness != "micro":
             return self._perturb_window(step, total)
         weights = step.trainable_parameters()
-        self._ascend(weights, _filled(weights, _gradients(step, total, weights)), [step])
-        return self._second_pass(weights, [step], [total.detach()])
+        gradients = filled(weights, self.first_gradients(step, total, weights))
+        return self._both_passes(weights, gradients, [step], [total.detach()])
 
     def restore(self) -> None:
         """Write the saved weights back, bit for bit."""
@@ -155,7 +221,7 @@ class WeightPerturbation(Regularizer):
     def _perturb_window(self, step: Step, total: Tensor) -> Tensor:
         """Sum first-pass gradients; at the window's end take its second pass as a whole."""
         weights = step.trainable_parameters()
-        self._ascent = _sum_into(self._ascent, _gradients(step, total, weights))
+        self._ascent = sum_into(self._ascent, self.first_gradients(step, total, weights))
         for earlier in self._window[-1:]:
             earlier.drop_outputs()
         self._window.append(step)
@@ -165,8 +231,8 @@ class WeightPerturbation(Regularizer):
             return carry(total.detach(), torch.zeros_like(total, requires_grad=True), [], [])
         window, clean, ascent = self._window, self._clean, self._ascent
         self._window, self._clean, self._ascent = [], [], []
-        self._ascend(weights, self._average(step, _filled(weights, ascent)), window)
-        return self._second_pass(weights, window, clean)
+        gradients = self._average(step, filled(weights, ascent))
+        return self._both_passes(weights, gradients, window, clean)
 
     def _average(self, step: Step, total: list[Tensor]) -> list[Tensor]:
         """From a rank's sum over micro-batches to the gradient that ``sharpness`` asks for."""
@@ -175,9 +241,23 @@ class WeightPerturbation(Regularizer):
         torch._foreach_div_(total, float(step.trainer.accumulate_grad_batches))
         if self.sharpness != "global" or is_sharded(total[0]):
             return total
-        return _mean_over_ranks(step, total)
+        return mean_over_ranks(step, total)
 
     # ------------------------------------------------------------------ both passes
+
+    def _both_passes(
+        self,
+        weights: list[nn.Parameter],
+        gradients: list[Tensor],
+        window: list[Step],
+        clean: list[Tensor],
+    ) -> Tensor:
+        if self.keeps_clean:
+            self.keep(weights, gradients)
+        self._ascend(weights, gradients, window)
+        if self.combines:
+            return self._combined_pass(weights, gradients, window, clean)
+        return self._second_pass(weights, window, clean)
 
     def _ascend(
         self, weights: list[nn.Parameter], gradients: list[Tensor], window: list[Step]
@@ -205,8 +285,8 @@ class WeightPerturbation(Regularizer):
     def _window_gradients(self, weights: list[nn.Parameter], window: list[Step]) -> list[Tensor]:
         total: list[Tensor | None] = []
         for micro in window:
-            total = _sum_into(total, _gradients(micro, micro.rerun(), weights))
-        return self._average(window[-1], _filled(weights, total))
+            total = sum_into(total, self.first_gradients(micro, micro.rerun(), weights))
+        return self._average(window[-1], filled(weights, total))
 
     def _second_pass(
         self, weights: list[nn.Parameter], window: list[Step], clean: list[Tensor]
@@ -219,16 +299,42 @@ class WeightPerturbation(Regularizer):
         step, rise = window[-1], torch.zeros_like(clean[-1])
         carried: list[Tensor | None] = []
         for micro, loss in zip(window, clean, strict=True):
-            second = micro.rerun()
+            second, value = self.second_loss(micro)
             micro.forget()
-            rise += second.detach() - loss
+            rise += value - loss
             if micro is not step:
-                carried = _sum_into(carried, _gradients(micro, second, weights))
+                carried = sum_into(carried, _gradients(micro, second, weights))
         step.log(self, rise / len(window))
         reached = [(w, g) for w, g in zip(weights, carried, strict=False) if g is not None]
         return carry(clean[-1], second, [g for _, g in reached], [w for w, _ in reached])
 
-    def _finite(self, step: Step, gradients: list[Tensor]) -> bool:
+    def _combined_pass(
+        self,
+        weights: list[nn.Parameter],
+        gradients: list[Tensor],
+        window: list[Step],
+        clean: list[Tensor],
+    ) -> Tensor:
+        """A loss with the clean value and the gradient that :meth:`combine` makes of both."""
+        step, rise = window[-1], torch.zeros_like(clean[-1])
+        total: list[Tensor | None] = []
+        for micro, loss in zip(window, clean, strict=True):
+            second, value = self.second_loss(micro)
+            total = sum_into(total, _gradients(micro, second, weights))
+            micro.forget()
+            rise += value - loss
+        step.log(self, rise / len(window))
+        perturbed = self._average(step, filled(weights, total))
+        with torch.no_grad():
+            new = self.combine(weights, gradients, perturbed)
+            if self.sharpness != "micro":
+                # The backward divides by the number of micro-batches, as the mean has done.
+                new = list(torch._foreach_mul(new, float(step.trainer.accumulate_grad_batches)))
+        reached = [(w, n) for w, n, t in zip(weights, new, total, strict=True) if t is not None]
+        nothing = torch.zeros_like(clean[-1], requires_grad=True)
+        return carry(clean[-1], nothing, [n for _, n in reached], [w for w, _ in reached])
+
+    def _finite(self, step: RunContext, gradients: list[Tensor]) -> bool:
         """Under fp16 an overflow on any rank skips the perturbation on all of them."""
         if _scaler(step) is None:
             return True
@@ -249,7 +355,8 @@ class WeightPerturbation(Regularizer):
 
 
 def _no_run() -> dict[str, Any]:
-    return {key: [] for key in ("_saved", "_moved", "_window", "_clean", "_ascent")}
+    lists = ("_saved", "_moved", "_window", "_clean", "_ascent", "_kept", "_kept_of")
+    return {key: [] for key in lists}
 
 
 def _gradients(step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[Tensor | None]:
@@ -269,36 +376,8 @@ def _gradients(step: Step, total: Tensor, weights: list[nn.Parameter]) -> list[T
     return [None if g is None else next(unscaled) for g in dense]
 
 
-def _sum_into(total: list[Tensor | None], part: list[Tensor | None]) -> list[Tensor | None]:
-    """Add in place to ``total``, which starts as a copy: autograd may hand out one tensor twice."""
-    total = total or [None] * len(part)
-    pairs = list(zip(total, part, strict=True))
-    both = [(t, p) for t, p in pairs if t is not None and p is not None]
-    if both:
-        torch._foreach_add_([t for t, _ in both], [p for _, p in both])
-    return [p.clone() if t is None and p is not None else t for t, p in pairs]
-
-
-def _filled(weights: list[nn.Parameter], gradients: list[Tensor | None]) -> list[Tensor]:
-    """Zeros for weights that the loss does not reach."""
-    pairs = zip(weights, gradients, strict=True)
-    return [torch.zeros_like(w, requires_grad=False) if g is None else g for w, g in pairs]
-
-
-def _scaler(step: Step) -> Any:
+def _scaler(step: RunContext) -> Any:
     return getattr(step.trainer.precision_plugin, "scaler", None)
-
-
-def _mean_over_ranks(step: Step, tensors: list[Tensor]) -> list[Tensor]:
-    """One collective for all tensors, in float32 at least."""
-    if step.comm.world_size == 1:
-        return tensors
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
-    flat = step.comm.reduce(flat, "mean")
-    parts = flat.split([t.numel() for t in tensors])
-    return [p.view_as(t).to(t.dtype) for p, t in zip(parts, tensors, strict=True)]
 
 
 __all__ = ["Sharpness", "WeightPerturbation"]

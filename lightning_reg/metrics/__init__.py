@@ -1,4 +1,4 @@
-"""Tracked quantities as torchmetrics, with functional twins."""
+"""None"""
 
 from lightning_reg.metrics.attention_entropy import (
     AttentionEntropy,

@@ -224,6 +224,7 @@ class AdditiveMetric(Metric):
 
 def evaluate(metric: AdditiveMetric, *batch: Any) -> Any:
     """The value of one batch, of this process alone: what the functional twins return."""
+    metric = metric.to(next(part.device for part in batch if isinstance(part, Tensor)))
     metric.update(*batch)
     metric.warn_of_invalid()
     return metric.value()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class ByGroup(KeepsSamples):
         self.names = list(names) if names is not None else [f"group_{g}" for g in range(num_groups)]
         self._added, self._kept = _states(self, self.metric)
         for name in self._added:
-            default = self.metric._defaults[name]
+            default = cast(Tensor, self.metric._defaults[name])
             stacked = default.new_zeros(num_groups, *default.shape)
             self.add_state(f"group_{name}", stacked, dist_reduce_fx="sum")
         for name in self._kept:

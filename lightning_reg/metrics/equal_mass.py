@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.paper import Paper
 from lightning_reg.metrics.additive import evaluate
-from lightning_reg.metrics.calibration import Norm
 from lightning_reg.metrics.fine_histogram import Cells, OrderMetric
 from lightning_reg.metrics.inputs import Task
 from lightning_reg.metrics.mass_bins import (
@@ -20,6 +19,7 @@ from lightning_reg.metrics.mass_bins import (
     split_by_mass,
     sweep,
 )
+from lightning_reg.metrics.readings import NORMS, Norm
 
 __all__ = [
     "EqualMassCalibrationError",
@@ -28,7 +28,6 @@ __all__ = [
     "sweep_calibration_error",
 ]
 
-_NORMS = ("l1", "l2", "max")
 _ROELOFS = Paper(
     "Mitigating Bias in Calibration Error Estimation", "Roelofs et al.", 2020, "2012.08668"
 )
@@ -43,7 +42,7 @@ def equal_mass_calibration_error(
     task: Task = "multiclass",
     n_bins: int = 15,
     norm: Norm = "l1",
-    debias: bool = False,
+    debiased: bool = False,
     ignore_index: int | None = None,
     validate_args: bool = True,
 ) -> Tensor:
@@ -53,8 +52,9 @@ def equal_mass_calibration_error(
     With ``n_b`` predictions, mean confidence ``conf_b`` and mean correctness ``acc_b`` in bin b:
     ``"l1"`` is ``sum_b n_b/N |acc_b - conf_b|``, ``"l2"`` is
     ``sqrt(sum_b n_b/N (acc_b - conf_b)^2)``, ``"max"`` the largest ``|acc_b - conf_b|``. With
-    ``debias`` (l2), each square is lessened by ``acc_b (1 - acc_b) / (n_b - 1)``, an unbiased
-    estimate of what the sampling of labels adds to it, and a negative sum counts as 0.
+    ``debiased`` (l2), each square is lessened by ``acc_b (1 - acc_b) / (n_b - 1)``, an unbiased
+    estimate of what the sampling of labels adds to it; a bin of one prediction, which has none,
+    counts as 0, and so does a negative sum.
 
     Where predictions of equal confidence fall into two bins, each bin gets its share of their
     correctness: the order of the samples changes nothing.
@@ -67,7 +67,7 @@ def equal_mass_calibration_error(
         task: ``"multiclass"`` or ``"binary"``.
         n_bins: the number of bins.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        debias: subtract the variance of the labels; needs ``norm="l2"``.
+        debiased: subtract the variance of the labels; needs ``norm="l2"``.
         ignore_index: positions with this class index do not count.
         validate_args: check values, which costs a host sync.
 
@@ -90,7 +90,7 @@ def equal_mass_calibration_error(
         task=task,
         n_bins=n_bins,
         norm=norm,
-        debias=debias,
+        debiased=debiased,
         exact=True,
         ignore_index=ignore_index,
         validate_args=validate_args,
@@ -150,7 +150,7 @@ class EqualMassCalibrationError(OrderMetric):
         task: ``"multiclass"`` (top label) or ``"binary"`` (positive class).
         n_bins: the number of bins; 15 as for bins of equal width.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        debias: subtract the variance of the labels; needs ``norm="l2"`` and class indices.
+        debiased: subtract the variance of the labels; needs ``norm="l2"`` and class indices.
         exact: keep every confidence instead of a histogram; see
             :class:`~lightning_reg.metrics.fine_histogram.OrderMetric`.
         resolution: the number of cells of the histogram.
@@ -182,18 +182,18 @@ class EqualMassCalibrationError(OrderMetric):
         from_logits: bool,
         n_bins: int = 15,
         norm: Norm = "l1",
-        debias: bool = False,
+        debiased: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(from_logits=from_logits, **kwargs)
-        _check(self, n_bins, norm, debias)
+        _check(self, n_bins, norm, debiased)
         self.n_bins = n_bins
         self.norm: Norm = norm
-        self.debias = debias
+        self.debiased = debiased
 
     def labels_only(self) -> str | None:
         """Soft targets carry no variance of labels that could be subtracted."""
-        return "soft targets carry no variance of labels to subtract" if self.debias else None
+        return "soft targets carry no variance of labels to subtract" if self.debiased else None
 
     def bins(self) -> MassBins:
         """The bins of what has been counted; of all ranks only within ``sync_context()``."""
@@ -201,11 +201,11 @@ class EqualMassCalibrationError(OrderMetric):
 
     def statistic(self, cells: Cells) -> Tensor:
         """The error over bins of equal mass."""
-        return error_of_mass_bins(split_by_mass(cells, self.n_bins), self.norm, self.debias)
+        return error_of_mass_bins(split_by_mass(cells, self.n_bins), self.norm, self.debiased)
 
     def bound(self, cells: Cells) -> Tensor:
         """What the order within the cells that are cut can change."""
-        return bound_of_mass_bins(split_by_mass(cells, self.n_bins), self.norm, self.debias)
+        return bound_of_mass_bins(split_by_mass(cells, self.n_bins), self.norm, self.debiased)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Accuracy against confidence of each bin, drawn from the state.
@@ -283,16 +283,16 @@ class SweepCalibrationError(OrderMetric):
         return bound_of_mass_bins(split_by_mass(cells, n_bins), self.norm)
 
 
-def _check(owner: object, n_bins: int, norm: Norm, debias: bool, name: str = "n_bins") -> None:
+def _check(owner: object, n_bins: int, norm: Norm, debiased: bool, name: str = "n_bins") -> None:
     if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
         raise ArgumentError(
             owner, f"`{name}` must be a whole number from 1, got {n_bins!r}", cure=f"{name}=15"
         )
-    if norm not in _NORMS:
+    if norm not in NORMS:
         raise ArgumentError(
-            owner, f"`norm` must be one of {', '.join(_NORMS)}, got {norm!r}", cure='norm="l1"'
+            owner, f"`norm` must be one of {', '.join(NORMS)}, got {norm!r}", cure='norm="l1"'
         )
-    if debias and norm != "l2":
+    if debiased and norm != "l2":
         raise ArgumentError(
-            owner, f"`debias` estimates a square, not the norm {norm!r}", cure='norm="l2"'
+            owner, f"`debiased` estimates a square, not the norm {norm!r}", cure='norm="l2"'
         )

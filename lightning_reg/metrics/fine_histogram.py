@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.paper import Paper
-from lightning_reg.metrics.inputs import Rows, Task, high_precision, log_probabilities
+from lightning_reg.metrics.binned import View, judge
+from lightning_reg.metrics.inputs import Rows, Task, high_precision
 from lightning_reg.metrics.kept import KeepingMetric
 
 RESOLUTION = 2**15
-View = Literal["positive", "predicted"]
 
 
 class Cells(NamedTuple):
@@ -90,24 +90,6 @@ def cells_of_samples(confidence: Tensor, correct: Tensor) -> Cells:
     return Cells(counts, values * counts, correct_sum, values * correct_sum, values, values)
 
 
-def judge(owner: object, rows: Rows, from_logits: bool, view: View) -> tuple[Tensor, Tensor]:
-    """The confidence and correctness of each row, (N,) both.
-
-    Args:
-        owner: who is named in errors.
-        rows: the predictions and their targets.
-        from_logits: whether the scores are logits.
-        view: of a binary score, ``"positive"`` judges the probability of the positive class
-            against how often it occurs, ``"predicted"`` the probability of the predicted class
-            against how often that is right. A multiclass prediction is judged by its top class.
-    """
-    if rows.targets is None:
-        raise ArgumentError(owner, "needs targets", cure="metric.update(logits, target)")
-    if rows.scores.ndim == 1:
-        return _judge_binary(rows.scores, rows.targets, from_logits, view)
-    return _judge_top(rows.scores, rows.targets, from_logits)
-
-
 def fine_edges(resolution: int) -> Tensor:
     """(resolution + 1,) the edges of the fine cells: ``sin^2(pi j / (2 resolution))``.
 
@@ -125,9 +107,12 @@ class OrderMetric(KeepingMetric):
     """Base of metrics that depend on the order of confidences.
 
     A subclass supplies :meth:`statistic` and :meth:`bound`, and says by ``view`` how a binary
-    score is judged (:func:`judge`). The state is a histogram of fixed size that adds up over
-    batches and ranks: ``resolution`` cells and two that hold the confidences of exactly 0 and 1.
-    All metrics of this kind have the same state, so a ``MetricCollection`` of them fills it once.
+    score is judged: ``"positive"``, the probability of the positive class against how often it
+    occurs, or ``"top_label"``, that of the predicted class against how often that is right.
+
+    The state is a histogram of fixed size that adds up over batches and ranks: ``resolution``
+    cells and two that hold the confidences of exactly 0 and 1. All metrics of this kind have the
+    same state, so a ``MetricCollection`` of them fills it once.
 
     Args:
         from_logits: whether predictions are logits or probabilities; never guessed.
@@ -177,6 +162,7 @@ class OrderMetric(KeepingMetric):
             )
         self.exact = exact
         self.resolution = resolution
+        self._edges: Tensor | None = None
         if exact:
             self.add_kept("confidences")
             self.add_kept("corrects")
@@ -199,7 +185,12 @@ class OrderMetric(KeepingMetric):
 
     def accumulate(self, rows: Rows) -> None:
         """Add the batch to the histogram, or keep it."""
-        confidence, correct = judge(self, rows, self.from_logits, self.view)
+        if rows.targets is None:
+            raise ArgumentError(self, "needs targets", cure="metric.update(logits, target)")
+        judged = judge(rows, self.from_logits, self.view if self.task == "binary" else "top_label")
+        # Probabilities may be off by rounding.
+        confidence = judged.confidence.clamp(0, 1)
+        correct = high_precision(judged.correct)
         if self.labels_only():
             self._refuse_soft(correct)
         if self.exact:
@@ -207,10 +198,10 @@ class OrderMetric(KeepingMetric):
             self.keep("corrects", correct)
             return
         index = torch.bucketize(confidence, self._boundaries(confidence), right=True)
-        self.counts = self.counts.index_add(0, index, torch.ones_like(index))
-        self.confidence_sum = _added(self.confidence_sum, index, confidence)
-        self.correct_sum = _added(self.correct_sum, index, correct)
-        self.joint_sum = _added(self.joint_sum, index, confidence * correct)
+        self.counts.index_add_(0, index, torch.ones_like(index))
+        self.confidence_sum.index_add_(0, index, confidence)
+        self.correct_sum.index_add_(0, index, correct)
+        self.joint_sum.index_add_(0, index, confidence * correct)
 
     def cells(self) -> Cells:
         """What has been counted: by this process, or by all within ``sync_context()``."""
@@ -245,7 +236,7 @@ class OrderMetric(KeepingMetric):
 
     def update_settings(self) -> tuple[Any, ...]:
         """What decides how a batch is counted; all metrics of order share it."""
-        view = self.view if self.task == "binary" else "predicted"
+        view = self.view if self.task == "binary" else "top_label"
         names = ("from_logits", "task", "exact", "resolution", "ignore_index", "validate_args")
         own = [getattr(self, name) for name in names]
         return ("OrderMetric", view, self.labels_only() is not None, *own)
@@ -265,36 +256,10 @@ class OrderMetric(KeepingMetric):
         return read(cells)
 
     def _boundaries(self, like: Tensor) -> Tensor:
-        edges = fine_edges(self.resolution)
-        # Below the least normal number counts as 0: whether smaller ones are flushed is up to
-        # the device.
-        edges[0] = torch.finfo(like.dtype).tiny
-        return edges.to(like)
-
-
-def _added(state: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    return state.index_add(0, index, values.to(state))
-
-
-def _judge_binary(
-    scores: Tensor, targets: Tensor, from_logits: bool, view: View
-) -> tuple[Tensor, Tensor]:
-    scores, correct = high_precision(scores), high_precision(targets)
-    if view == "predicted":
-        positive = scores >= (0.0 if from_logits else 0.5)
-        correct = torch.where(positive, correct, 1 - correct)
-        scores = torch.where(positive, scores, -scores if from_logits else 1 - scores)
-    return (scores.sigmoid() if from_logits else scores.clamp(0, 1)), correct
-
-
-def _judge_top(scores: Tensor, targets: Tensor, from_logits: bool) -> tuple[Tensor, Tensor]:
-    top = scores.argmax(1, keepdim=True)
-    if from_logits:
-        confidence = log_probabilities(scores, from_logits).gather(1, top).exp()
-    else:
-        confidence = high_precision(scores.gather(1, top)).clamp(0, 1)
-    if targets.is_floating_point():
-        correct = high_precision(targets.gather(1, top))
-    else:
-        correct = high_precision(top == targets.unsqueeze(1))
-    return confidence.squeeze(1), correct.squeeze(1)
+        if self._edges is None or self._edges.device != like.device:
+            edges = fine_edges(self.resolution)
+            # Below the least normal number counts as 0: whether smaller ones are flushed is up
+            # to the device.
+            edges[0] = torch.finfo(like.dtype).tiny
+            self._edges = edges.to(like)
+        return self._edges

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_reg.metrics.calibration import Norm
 from lightning_reg.metrics.fine_histogram import Cells
+from lightning_reg.metrics.readings import Norm
 
 
 class MassBins(NamedTuple):
@@ -62,18 +62,18 @@ def split_by_mass(cells: Cells, n_bins: int) -> MassBins:
     )
 
 
-def error_of_mass_bins(bins: MassBins, norm: Norm = "l1", debias: bool = False) -> Tensor:
+def error_of_mass_bins(bins: MassBins, norm: Norm = "l1", debiased: bool = False) -> Tensor:
     """The calibration error of binned predictions."""
     gap = _per_member(bins, bins.correct_sum - bins.confidence_sum)
-    if not debias:
+    if not debiased:
         return _norm(bins, gap, norm)
     return _debiased_square(bins, gap).clamp_min(0).sqrt()
 
 
-def bound_of_mass_bins(bins: MassBins, norm: Norm = "l1", debias: bool = False) -> Tensor:
+def bound_of_mass_bins(bins: MassBins, norm: Norm = "l1", debiased: bool = False) -> Tensor:
     """How far :func:`error_of_mass_bins` can be off."""
     off = _per_member(bins, bins.confidence_slack + bins.correct_slack)
-    if not debias:
+    if not debiased:
         return _norm(bins, off, norm)
     gap = _per_member(bins, bins.correct_sum - bins.confidence_sum)
     of_accuracy = _per_member(bins, bins.correct_slack)
@@ -139,6 +139,7 @@ def _norm(bins: MassBins, gap: Tensor, norm: Norm) -> Tensor:
 
 def _debiased_square(bins: MassBins, gap: Tensor) -> Tensor:
     accuracy = _per_member(bins, bins.correct_sum)
-    # A bin of one has no variance of its own: its accuracy is 0 or 1.
     variance = accuracy * (1 - accuracy) / (bins.sizes - 1).clamp_min(1)
-    return (bins.sizes * (gap.square() - variance)).sum() / bins.sizes.sum()
+    # A bin of one has no variance to go by: chance explains all of its gap.
+    square = torch.where(bins.sizes > 1, gap.square() - variance, 0.0)
+    return (bins.sizes * square).sum() / bins.sizes.sum()

@@ -119,6 +119,25 @@ def draw_groups(
     return figure, axes
 
 
+def draw_utilities(threshold: Tensor, utility: Tensor, *, ax: Any = None) -> tuple[Any, Any]:
+    """The utility of each class against the threshold, and their mean.
+
+    Args:
+        threshold: (n,) distances.
+        utility: (T, n) of each class.
+        ax: a matplotlib axes to draw into; a new figure without.
+
+    Returns:
+        The figure and the axes.
+    """
+    figure, axes = _axes(ax)
+    for row in utility:
+        axes.plot(_list(threshold), _list(row), color="#bbbbbb", linewidth=0.5)
+    axes.plot(_list(threshold), _list(utility.mean(0)), color=_LINE)
+    axes.set(ylim=(0, 1), xlabel="distance threshold", ylabel="utility of each class")
+    return figure, axes
+
+
 def _axes(ax: Any) -> tuple[Any, Any]:
     if ax is not None:
         return ax.figure, ax

@@ -129,7 +129,7 @@ def _corrected(ranked: Ranked, accepted: Tensor, risk: float) -> Tensor:
 class SelectiveMetric(OrderMetric):
     """Base of what is read from the ranking of predictions by confidence."""
 
-    view = "predicted"
+    view = "top_label"
     plot_upper_bound = 1.0
 
     def read(self, ranked: Ranked) -> Tensor:

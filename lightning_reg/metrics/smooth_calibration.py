@@ -72,7 +72,9 @@ class CosineSeries:
                 more.append(self.weights @ cosines.T)
             self._known = torch.cat(more, 1)
         order = torch.arange(needed).to(self.points)
-        return self._known[:, :needed] * torch.exp(-(math.pi * bandwidth * order).square() / 2)
+        damping = torch.exp(-(math.pi * bandwidth * order).square() / 2)
+        smoothed: Tensor = self._known[:, :needed] * damping
+        return smoothed
 
 
 def on_mesh(coefficients: Tensor, intervals: int = _MESH) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_reg.engine.errors import ArgumentError, check_range
 from lightning_reg.engine.paper import Paper
 from lightning_reg.metrics.additive import evaluate
-from lightning_reg.metrics.inputs import Rows, Task, high_precision, log_probabilities
+from lightning_reg.metrics.inputs import Rows, Task, high_precision, log_probabilities, read_rows
 from lightning_reg.metrics.kept import KeepingMetric
 
 __all__ = ["SquaredKernelCalibrationError", "squared_kernel_calibration_error"]
@@ -165,6 +165,28 @@ class SquaredKernelCalibrationError(KeepingMetric):
         self.add_count("sample_count")
         self.add_kept("distributions")
         self.add_kept("residuals")
+
+    def update(self, preds: Tensor, target: Tensor | None = None) -> None:
+        """Count one batch, whole: blocks of pairs do not end where those of the cache do.
+
+        Args:
+            preds: predictions, as ``task`` and ``from_logits`` say.
+            target: class indices, or soft targets of the shape of ``preds``.
+
+        Raises:
+            ArgumentError: if shapes or values are not those of the task.
+        """
+        rows = read_rows(
+            self,
+            preds,
+            target,
+            task=self.task,
+            from_logits=self.from_logits,
+            ignore_index=self.ignore_index,
+            validate=self.validate_args,
+        )
+        self.invalid += rows.invalid
+        self.accumulate(rows)
 
     def accumulate(self, rows: Rows) -> None:
         """Add the pairs of the batch's blocks, or keep its distributions."""

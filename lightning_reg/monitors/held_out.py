@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.calibrators.calibrator import Calibrator
 from lightning_reg.calibrators.correctness_aware import CorrectnessAwareCalibration
 from lightning_reg.engine.communicator import Communicator
-from lightning_reg.engine.errors import MissingSignalError
+from lightning_reg.engine.errors import ArgumentError, MissingSignalError
 from lightning_reg.engine.signals import logits_of
+from lightning_reg.engine.step import Step
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,39 @@ def join(batches: Sequence[Rows], comm: Communicator, device: torch.device) -> R
     return Rows(logits, labels, logits.new_zeros(0, n_views, classes) if n_views else None)
 
 
+def rows_of(owner: object, calibrator: Calibrator, step: Step, counted: Tensor | None) -> Rows:
+    """The rows of one batch, whatever its layout.
+
+    Args:
+        owner: who is named in errors.
+        calibrator: says the task, and the dimension of the classes.
+        step: the user's step.
+        counted: (B,) False for samples that are left out; ``None`` if all count.
+    """
+    logits, targets = step.logits.detach(), torch.as_tensor(step.targets)
+    views = _views(calibrator, step)
+    if counted is not None:
+        logits, targets = logits[counted], targets[counted]
+        views = None if views is None else views[counted]
+    if calibrator.task == "binary":
+        if logits.ndim == targets.ndim + 1 and logits.shape[-1] == 1:
+            logits = logits.squeeze(-1)
+        if logits.shape != targets.shape:
+            raise _misfit(owner, calibrator, logits, targets, "binary")
+        return Rows(logits.reshape(-1), targets.reshape(-1))
+    class_dim = calibrator.class_dim if logits.ndim > 2 else 1
+    classes_last = logits.movedim(class_dim, -1)
+    soft = targets.is_floating_point()
+    if targets.shape != (logits.shape if soft else classes_last.shape[:-1]):
+        layout = f"with classes on dimension {class_dim}"
+        raise _misfit(owner, calibrator, logits, targets, layout)
+    classes = classes_last.shape[-1]
+    if soft:
+        targets = targets.movedim(class_dim, -1)
+    labels = targets.reshape((-1, classes) if soft else (-1,))
+    return Rows(classes_last.reshape(-1, classes), labels, views)
+
+
 def transformed(
     calibrator: CorrectnessAwareCalibration, module: nn.Module, inputs: Any
 ) -> Tensor | None:
@@ -80,17 +114,23 @@ def transformed(
     return torch.stack(views, 1) if views else None
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each submodule has its mode again."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, training in modes.items():
-            child.training = training
+def _views(calibrator: Calibrator, step: Step) -> Tensor | None:
+    if not isinstance(calibrator, CorrectnessAwareCalibration) or not calibrator.transforms:
+        return None
+    return transformed(calibrator, step.module, step.inputs)
+
+
+def _misfit(
+    owner: object, calibrator: Calibrator, logits: Tensor, targets: Tensor, layout: str
+) -> ArgumentError:
+    kind = type(calibrator).__name__
+    other = 'task="multiclass"' if calibrator.task == "binary" else "class_dim=-1"
+    return ArgumentError(
+        owner,
+        f"logits {tuple(logits.shape)}, {layout}, and targets {tuple(targets.shape)} do not belong "
+        "together",
+        cure=f"{type(owner).__name__}({kind}({other}))",
+    )
 
 
 def _describe(rows: Rows) -> list[int]:

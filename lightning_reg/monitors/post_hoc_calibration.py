@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_reg.calibrators.calibrator import Calibrator
-from lightning_reg.calibrators.correctness_aware import CorrectnessAwareCalibration
 from lightning_reg.calibrators.temperature import TemperatureScaling
-from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import ArgumentError, RegularizationError, UnsupportedError
-from lightning_reg.engine.sampler import padding_mask
+from lightning_reg.engine.observe import held_out_steps, validation_loaders
 from lightning_reg.engine.signals import SignalReader, Signals
 from lightning_reg.engine.step import Step
 from lightning_reg.metrics.calibration import CalibrationError
@@ -23,8 +20,8 @@ from lightning_reg.metrics.entropy import PredictiveEntropy
 from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.metrics.likelihood import ExpectedAccuracy, NegativeLogLikelihood
 from lightning_reg.monitors.calibrated_predictions import CalibratedPredictions
-from lightning_reg.monitors.held_out import Rows, evaluating, join, transformed
-from lightning_reg.monitors.monitor import STAGES, Monitor, Stage, _Run
+from lightning_reg.monitors.held_out import Rows, join, rows_of
+from lightning_reg.monitors.monitor import STAGES, Monitor, Stage
 
 __all__ = ["PostHocCalibration"]
 
@@ -99,7 +96,7 @@ class PostHocCalibration(Monitor):
         suffix: str = "calibrated",
         signals: Signals | None = None,
     ) -> None:
-        super().__init__(stages=stages, signals=signals)
+        super().__init__(stages=stages, figures=False, signals=signals)
         self._check_arguments(calibrator, fit_on, dataloader_idx, suffix)
         self.calibrator = TemperatureScaling() if calibrator is None else calibrator
         self.fit_on = fit_on
@@ -132,7 +129,7 @@ class PostHocCalibration(Monitor):
         self, metrics: Mapping[str, ExactMetric], step: Step, counted: Tensor | None
     ) -> None:
         """Update raw values; keep the rows for the fit, or update the calibrated ones."""
-        rows = self._rows(step, counted)
+        rows = rows_of(self, self.calibrator, step, counted)
         self._update(metrics, rows.logits, rows.targets, calibrated=False)
         if self._keeps:
             index = next(i for i, own in self._metrics.items() if own is metrics)
@@ -180,11 +177,9 @@ class PostHocCalibration(Monitor):
             return
         loader = self.dataloader
         if loader is None:
-            loaders = trainer.val_dataloaders
-            loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
-            loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-            if loaders == [None] or self.dataloader_idx >= len(loaders):
-                raise self._no_such_loader(0 if loaders == [None] else len(loaders))
+            loaders = validation_loaders(trainer)
+            if self.dataloader_idx >= len(loaders):
+                raise self._no_such_loader(len(loaders))
             loader = loaders[self.dataloader_idx]
         kept = self._pass(trainer, pl_module, loader)
         self._fit(trainer, kept)
@@ -197,30 +192,8 @@ class PostHocCalibration(Monitor):
 
     def _pass(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> list[Rows]:
         """The rows of this rank's share of a dataloader."""
-        comm = Communicator.of(trainer)
-        spread = hasattr(getattr(loader, "sampler", None), "num_replicas")
-        run = _Run(trainer, module, self, "forward")
-        capture, kept = Capture(), []
-        capture.attach(module, run.reader(self).layers())
-        try:
-            with evaluating(module), trainer.precision_plugin.forward_context():
-                for index, given in enumerate(loader):
-                    batch = trainer.strategy.batch_to_device(given, dataloader_idx=0)
-                    step = Step(run, batch, index)  # type: ignore[arg-type]
-                    step.hook = "forward"
-                    step.asked_by(self)  # type: ignore[arg-type]
-                    with capture.recording() as records:
-                        step.outputs = module(step.inputs)
-                        step.records = dict(records)
-                    if not spread and index % comm.world_size != comm.rank:
-                        continue
-                    size = len(step.logits)
-                    repeated = padding_mask(loader, index, size, step.logits.device)
-                    rows = self._rows(step, None if repeated is None else ~repeated)
-                    kept.append(rows.copy())
-        finally:
-            capture.detach()
-        return kept
+        steps = held_out_steps(self, trainer, module, loader)  # type: ignore[arg-type]
+        return [rows_of(self, self.calibrator, *found).copy() for found in steps]
 
     def _log_fit(self, trainer: pl.Trainer, module: pl.LightningModule, kept: list[Rows]) -> None:
         metrics = {name: m.to(module.device) for name, m in self.build_metrics().items()}
@@ -275,8 +248,9 @@ class PostHocCalibration(Monitor):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """The calibrator."""
+        """The calibrator, and the values."""
         return {
+            "record": super().state_dict(),
             "kind": type(self.calibrator).__name__,
             "calibrator": dict(self.calibrator.state_dict()),
         }
@@ -290,6 +264,7 @@ class PostHocCalibration(Monitor):
                 f"the checkpoint holds a {state_dict['kind']}, this callback a {kind}",
                 cure=f"PostHocCalibration({state_dict['kind']}())",
             )
+        super().load_state_dict(state_dict["record"])
         self.calibrator.load_state_dict(state_dict["calibrator"])
 
     # ------------------------------------------------------------------ internals
@@ -322,46 +297,6 @@ class PostHocCalibration(Monitor):
         for name, metric in metrics.items():
             if name.endswith(f"_{self.suffix}") == calibrated:
                 metric.update(logits, targets)
-
-    def _rows(self, step: Step, counted: Tensor | None) -> Rows:
-        """Logits (N, C) with labels (N,) or (N, C); for a binary task (N,) with (N,)."""
-        logits, targets = step.logits.detach(), torch.as_tensor(step.targets)
-        views = self._views(step)
-        if counted is not None:
-            logits, targets = logits[counted], targets[counted]
-            views = None if views is None else views[counted]
-        if self.calibrator.task == "binary":
-            if logits.ndim == targets.ndim + 1 and logits.shape[-1] == 1:
-                logits = logits.squeeze(-1)
-            if logits.shape != targets.shape:
-                raise ArgumentError(
-                    self,
-                    f"binary logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do "
-                    "not belong together",
-                    cure="PostHocCalibration(TemperatureScaling())  # for several classes",
-                )
-            return Rows(logits.reshape(-1), targets.reshape(-1), None)
-        class_dim = self.calibrator.class_dim if logits.ndim > 2 else 1
-        classes_last = logits.movedim(class_dim, -1)
-        soft = targets.is_floating_point()
-        if targets.shape != (logits.shape if soft else classes_last.shape[:-1]):
-            raise ArgumentError(
-                self,
-                f"logits {tuple(logits.shape)} with classes on dimension {class_dim} and targets "
-                f"{tuple(targets.shape)} do not belong together",
-                cure=f"PostHocCalibration({type(self.calibrator).__name__}(class_dim=-1))",
-            )
-        classes = classes_last.shape[-1]
-        labels = (
-            targets.movedim(class_dim, -1).reshape(-1, classes) if soft else targets.reshape(-1)
-        )
-        return Rows(classes_last.reshape(-1, classes), labels, views)
-
-    def _views(self, step: Step) -> Tensor | None:
-        if not isinstance(self.calibrator, CorrectnessAwareCalibration):
-            return None
-        inputs = step.inputs if self.calibrator.transforms else None
-        return transformed(self.calibrator, step.module, inputs)
 
     def _no_such_loader(self, count: int) -> ArgumentError:
         return ArgumentError(

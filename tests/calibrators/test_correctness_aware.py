@@ -48,6 +48,16 @@ def test_one_step_of_the_released_settings_descends_the_papers_loss():
     assert loss(head.calibrate(LOGITS, VIEWS)) < loss(start.calibrate(LOGITS, VIEWS))
 
 
+def test_views_that_say_nothing_leave_one_temperature_at_the_minimum_of_the_loss():
+    views = torch.zeros_like(VIEWS)
+    head = CorrectnessAwareCalibration(lr=2e-2, epochs=100, batch_size=2000)
+    head.fit(LOGITS, LABELS, views=views)
+    temperatures = torch.linspace(0.2, 9.8, 1000)
+    expected = min(temperatures, key=lambda t: loss(LOGITS / t))
+    found = (LOGITS / head.calibrate(LOGITS, views))[0, 0]
+    assert float(found) == pytest.approx(float(expected), rel=0.02)
+
+
 def test_temperatures_stay_in_their_range():
     ratio = LOGITS / fitted(lr=1.0).calibrate(LOGITS, VIEWS)
     assert ratio.min() > 0.0999

@@ -196,3 +196,11 @@ def test_a_few_newton_steps_are_enough(monkeypatch):
     monkeypatch.setattr(temperature._HeldOut, "slope_and_curvature", counted)
     fit_temperature(3 * LOGITS, LABELS)
     assert len(steps) < 12
+
+
+def test_blocks_of_rows_do_not_change_a_bit(monkeypatch):
+    masked = torch.where(torch.arange(800).unsqueeze(1) % 7 == torch.arange(6), -math.inf, LOGITS)
+    masked[range(800), LABELS] = LOGITS[range(800), LABELS]
+    expected = [fit_temperature(z, LABELS) for z in (LOGITS, masked)]
+    monkeypatch.setattr(temperature, "_BLOCK", 6 * 100 + 5)
+    assert [fit_temperature(z, LABELS) for z in (LOGITS, masked)] == expected

@@ -78,15 +78,15 @@ def test_the_debiased_square_is_unbiased():
     """Over all outcomes of 12 labels of probability 0.5 at confidence 0.9, by enumeration."""
     right = np.arange(13)
     squares = {}
-    for debias in (False, True):
-        squares[debias] = [
+    for debiased in (False, True):
+        squares[debiased] = [
             binary(
                 equal_mass_calibration_error,
                 np.full(12, 0.9),
                 (np.arange(12) < k).astype(float),
                 n_bins=1,
                 norm="l2",
-                debias=debias,
+                debiased=debiased,
             )
             ** 2
             for k in right
@@ -101,7 +101,7 @@ def test_the_debiased_square_is_unbiased():
 def test_a_calibrated_model_has_less_debiased_error():
     confidence, correct = adversarial()["calibrated"]
     biased = binary(equal_mass_calibration_error, confidence, correct, norm="l2")
-    debiased = binary(equal_mass_calibration_error, confidence, correct, norm="l2", debias=True)
+    debiased = binary(equal_mass_calibration_error, confidence, correct, norm="l2", debiased=True)
     assert debiased < biased / 2
 
 
@@ -140,7 +140,7 @@ def test_bins_are_drawn_from_the_state():
         ({"n_bins": 0}, "n_bins"),
         ({"n_bins": 2.0}, "n_bins"),
         ({"norm": "l3"}, "l1, l2, max"),
-        ({"debias": True}, 'norm="l2"'),
+        ({"debiased": True}, 'norm="l2"'),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -35,7 +35,7 @@ METRICS = {
     "mass l1": (EqualMassCalibrationError, {}),
     "mass l2": (EqualMassCalibrationError, {"norm": "l2"}),
     "mass max": (EqualMassCalibrationError, {"norm": "max"}),
-    "mass debiased": (EqualMassCalibrationError, {"norm": "l2", "debias": True}),
+    "mass debiased": (EqualMassCalibrationError, {"norm": "l2", "debiased": True}),
     "sweep": (SweepCalibrationError, {"max_bins": 64}),
     "smooth": (SmoothCalibrationError, {}),
     "smooth wide": (SmoothCalibrationError, {"bandwidth": 0.1}),
@@ -68,7 +68,14 @@ def test_zero_and_one_have_cells_of_their_own():
     assert score.counts.tolist() == [1, 1, 1, 0, 1, 1]
 
 
-@pytest.mark.parametrize("resolution", [8, 256, 2**15])
+def test_a_probability_that_rounding_puts_above_one_is_one():
+    metric = AURC(from_logits=False, resolution=4)
+    metric.update(torch.tensor([[1.0005, 0.0]]), torch.tensor([0]))
+    assert metric.counts.tolist() == [0, 0, 0, 0, 0, 1]
+    assert float(metric.confidence_sum.sum()) == 1
+
+
+@pytest.mark.parametrize("resolution", [8, 2**15])
 @pytest.mark.parametrize("data", ADVERSARIAL)
 @pytest.mark.parametrize("name", METRICS)
 def test_the_error_is_within_the_stated_bound(name, data, resolution):

@@ -62,7 +62,9 @@ def test_a_bin_differs_from_equal_mass_by_less_than_a_fine_bin():
     metric.update(torch.zeros(20000), variance, torch.zeros(20000))
     heaviest = int(metric.counts.max())
     assert len(metric.bins().counts) == 10
-    assert (metric.bins().counts - 2000).abs().max() <= heaviest
+    edges = metric.bins().counts.cumsum(0)
+    # Each edge lies at most half a fine bin from where equal mass would have it.
+    assert (edges - 2000 * torch.arange(1, 11)).abs().max() <= heaviest / 2
     assert (metric.bins().variance.diff() > 0).all()
 
 

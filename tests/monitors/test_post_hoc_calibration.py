@@ -1,13 +1,15 @@
 """The callback: what it fits on, what it logs, what it saves, and what predictions come out."""
 
 import copy
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_reg.calibrators.beta import BetaCalibration
 from lightning_reg.calibrators.correctness_aware import CorrectnessAwareCalibration
@@ -17,6 +19,7 @@ from lightning_reg.calibrators.vector import VectorScaling
 from lightning_reg.engine import ArgumentError, MissingSignalError, RegularizationError, Signals
 from lightning_reg.metrics import calibration_error, predictive_entropy
 from lightning_reg.monitors import CalibrationMonitor, PostHocCalibration
+from lightning_reg.monitors.calibrated_predictions import CalibratedPredictions
 from lightning_reg.testing import rank_trainer
 from tests.engine.simple import INPUTS, LABELS, Host, loader, trainer
 
@@ -147,8 +150,17 @@ def test_fit_end_fits_once_on_the_trained_model(own):
 def test_a_pass_of_its_own_leaves_modes_and_hooks():
     module = Silent(batch_norm=True, dropout=0.5)
     module.net[3].eval()
-    ours = PostHocCalibration(dataloader=loader())
-    trainer([ours], max_epochs=1).fit(module, loader(), loader())
+    before = {name: child.training for name, child in module.named_modules()}
+    statistics = []
+
+    class Reads(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            statistics.append(pl_module.net[1].running_mean.clone())
+
+    ours = PostHocCalibration(fit_on="fit_end")
+    trainer([Reads(), ours], max_epochs=1).fit(module, loader(), loader())
+    assert {name: child.training for name, child in module.named_modules()} == before
+    assert torch.equal(module.net[1].running_mean, statistics[0])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
@@ -197,6 +209,41 @@ def test_logits_in_the_dict_that_a_step_returns_are_calibrated(signals):
     torch.testing.assert_close(found, raw / fit_temperature(raw, LABELS))
 
 
+def test_logits_of_forward_that_are_returned_in_a_dict_are_calibrated_once():
+    class Both(Silent):
+        def predict_step(self, batch, batch_idx):
+            return {"logits": self(batch[0])}
+
+    ours, module = PostHocCalibration(), Both()
+    run = trainer([ours])
+    run.validate(module, loader(), verbose=False)
+    raw = logits_of(module)
+    found = torch.cat([out["logits"] for out in run.predict(module, loader())])
+    torch.testing.assert_close(found, raw / fit_temperature(raw, LABELS))
+
+
+class Wrapper(torch.nn.Module):
+    """What strategies like DeepSpeed put around a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+def test_the_call_by_which_a_wrapper_runs_the_step_is_not_calibrated_again():
+    module = Silent()
+    raw = logits_of(module)
+    scaling, wrapper = TemperatureScaling().fit(raw, LABELS), Wrapper(module)
+    run = SimpleNamespace(strategy=SimpleNamespace(model=wrapper))
+    applied = CalibratedPredictions(scaling, run, module, None)
+    found = _ForwardRedirection()(wrapper, module, "predict_step", (INPUTS, LABELS), 0)
+    applied.detach()
+    torch.testing.assert_close(found.detach(), scaling.calibrate(raw))
+
+
 def test_logits_of_a_named_layer_are_calibrated_once():
     ours, module = PostHocCalibration(signals=Signals(logits="module.net")), Silent()
     run = trainer([ours])
@@ -236,6 +283,7 @@ def test_the_calibrator_goes_with_the_checkpoint(calibrator, tmp_path):
     fresh = trainer([PostHocCalibration(calibrator())])
     again = fresh.predict(Silent(), loader(), ckpt_path=saved.last_model_path)
     assert torch.equal(torch.cat(again), predicted)
+    assert fresh.callbacks[-1].results["val/nll_calibrated"] == ours.results["val/nll_calibrated"]
     other = trainer([PostHocCalibration(VectorScaling())])
     with pytest.raises(RegularizationError, match=calibrator.__name__):
         other.predict(Silent(), loader(), ckpt_path=saved.last_model_path)
@@ -331,10 +379,16 @@ def test_a_missing_validation_loader_is_an_error():
         trainer([PostHocCalibration(fit_on="fit_end")]).fit(Silent(), loader())
 
 
-def _on_ranks(kind, own_loader, batch_size):
+def _own(own, sampled):
+    dataset = TensorDataset(INPUTS[:43], LABELS[:43])
+    sampler = DistributedSampler(dataset, shuffle=False) if sampled else None
+    return DataLoader(dataset, batch_size=10, sampler=sampler)
+
+
+def _on_ranks(kind, own, batch_size):
     """45 samples on two ranks: the sampler repeats one."""
     calibrator = {"temperature": TemperatureScaling, "isotonic": IsotonicCalibration}[kind]
-    given = {"dataloader": data(INPUTS, LABELS, 10)} if own_loader else {}
+    given = {"dataloader": _own(own, sampled=own == "sampled")} if own else {}
     ours, module = PostHocCalibration(calibrator(), **given), Silent()
     run = rank_trainer(callbacks=[ours])
     run.validate(module, data(OTHER, OTHER_LABELS, batch_size), verbose=False)
@@ -344,12 +398,12 @@ def _on_ranks(kind, own_loader, batch_size):
 
 
 @pytest.mark.parametrize("kind", ["temperature", "isotonic"])
-@pytest.mark.parametrize("own_loader", [False, True])
-def test_two_ranks_fit_and_predict_as_one(ranks, kind, own_loader):
-    found = ranks.run(_on_ranks, kind, own_loader, 8)
+@pytest.mark.parametrize("own", [None, "plain", "sampled"])
+def test_two_ranks_fit_and_predict_as_one(ranks, kind, own):
+    found = ranks.run(_on_ranks, kind, own, 8)
     calibrator = {"temperature": TemperatureScaling, "isotonic": IsotonicCalibration}[kind]()
     module = Silent()
-    given = {"dataloader": data(INPUTS, LABELS, 10)} if own_loader else {}
+    given = {"dataloader": _own(own, sampled=False)} if own else {}
     run = trainer([PostHocCalibration(calibrator, **given)])
     run.validate(module, data(OTHER, OTHER_LABELS, 8), verbose=False)
     for rank, (buffers, values, predicted) in enumerate(found):

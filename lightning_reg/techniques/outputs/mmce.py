@@ -55,7 +55,7 @@ def mmce(
         tiny = torch.finfo(confidence.dtype).tiny
         of_right = correctness * (1 - confidence) / right.clamp_min(tiny)
         of_wrong = (1 - correctness) * confidence / wrong.clamp_min(tiny)
-        u = (of_right - of_wrong) * present
+        u = of_right - of_wrong
     distance = (confidence.unsqueeze(1) - confidence.unsqueeze(0)).abs()
     estimate = (u.unsqueeze(1) * u.unsqueeze(0) * (-distance / width).exp()).sum()
     # Rounding may leave a positive semi-definite form just below 0.

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
-from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.paper import Paper
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.technique import Semantics
-from lightning_reg.mechanisms.weight_perturbation import Sharpness, WeightPerturbation
+from lightning_reg.mechanisms.normalized_ascent import NormalizedAscent, normalized_ascent
+from lightning_reg.mechanisms.weight_perturbation import Sharpness
 
 
-@torch.no_grad()
 def sam_perturbation(
     gradients: Sequence[Tensor],
     rho: float = 0.05,
@@ -41,33 +38,10 @@ def sam_perturbation(
     Returns:
         One displacement a gradient, in its shape and dtype, detached; zeros for zero gradients.
     """
-    scaled = [i for i, w in enumerate(weights or ()) if w is not None]
-    scales = _scales([weights[i] for i in scaled], eta) if weights is not None else []
-    directions = _times(list(gradients), scaled, scales)
-    # In half precision the norm of many gradients overflows.
-    dtype = torch.promote_types(directions[0].dtype, torch.float32)
-    norms = torch._foreach_norm(directions, 2, dtype=dtype)
-    factor = rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12)
-    return list(torch._foreach_mul(_times(directions, scaled, scales), factor))
+    return normalized_ascent(gradients, rho, weights=weights, eta=eta)
 
 
-def _scales(weights: Sequence[Tensor | None], eta: float) -> list[Tensor]:
-    magnitudes = torch._foreach_abs([w for w in weights if w is not None])
-    return list(torch._foreach_add(magnitudes, eta)) if magnitudes else []
-
-
-def _times(tensors: list[Tensor], indices: list[int], scales: list[Tensor]) -> list[Tensor]:
-    """``tensors`` with those at ``indices`` multiplied by their scales."""
-    if not indices:
-        return tensors
-    products = torch._foreach_mul([tensors[i] for i in indices], scales)  # type: ignore[arg-type]
-    result = list(tensors)
-    for index, product in zip(indices, products, strict=True):
-        result[index] = product
-    return result
-
-
-class SAM(WeightPerturbation):
+class SAM(NormalizedAscent):
     r"""SAM (Foret et al. 2021, arXiv:2010.01412) and its adaptive form ASAM (Kwon et al. 2021).
 
     The gradient that the optimizer gets is taken at :math:`w + e` instead of :math:`w`, where
@@ -94,11 +68,12 @@ class SAM(WeightPerturbation):
             (m-sharpness, which the paper finds to work best); ``"rank"``: that of a rank's whole
             accumulation window; ``"global"``: that of all ranks' windows.
         steps: ascent steps.
+        interval: perturb in every n-th optimizer step only; the others are plain steps.
         name: the name in logs and checkpoints.
 
     Raises:
-        ArgumentError: if ``rho`` or ``eta`` is negative, or ``sharpness`` or ``steps`` has no
-            meaning.
+        ArgumentError: if ``rho`` or ``eta`` is negative, or ``sharpness``, ``steps`` or
+            ``interval`` has no meaning.
         UnsupportedError: if a second run of ``training_step`` gives another loss than the first,
             under manual optimization; where FSDP2 shards weights (``ModelParallelStrategy``) for
             ``sharpness`` other than ``"global"``, and under other strategies that shard them.
@@ -158,34 +133,18 @@ class SAM(WeightPerturbation):
         eta: float = 0.01,
         sharpness: Sharpness = "micro",
         steps: int = 1,
+        interval: int = 1,
         name: str | None = None,
     ) -> None:
-        if not isinstance(rho, Schedule):
-            check_range(
-                self, "rho", rho, low=0, high=float("inf"), high_open=True, cure="SAM(0.05)"
-            )
-        super().__init__(rho, sharpness=sharpness, steps=steps, name=name)
-        check_range(
-            self, "eta", eta, low=0, high=float("inf"), high_open=True, cure="SAM(eta=0.01)"
+        super().__init__(
+            rho,
+            adaptive=adaptive,
+            eta=eta,
+            sharpness=sharpness,
+            steps=steps,
+            interval=interval,
+            name=name,
         )
-        self.adaptive = adaptive
-        self.eta = eta
-        self._scaled: set[int] = set()
-
-    def on_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note which parameters are weights by name."""
-        named = pl_module.named_parameters()
-        self._scaled = {id(p) for n, p in named if "weight" in n} if self.adaptive else set()
-
-    def perturbation(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], strength: float
-    ) -> list[Tensor]:
-        """One ascent step."""
-        rho = strength / self.steps
-        if not self.adaptive:
-            return sam_perturbation(gradients, rho)
-        scaled = [w if id(w) in self._scaled else None for w in weights]
-        return sam_perturbation(gradients, rho, weights=scaled, eta=self.eta)
 
 
 __all__ = ["SAM", "sam_perturbation"]

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from lightning_reg.techniques.outputs.ada_focal import ada_focal
 from lightning_reg.techniques.outputs.correctness_aware_penalty import correctness_aware_penalty
 from lightning_reg.techniques.outputs.dca import dca
 from lightning_reg.techniques.outputs.focal_loss import focal_loss
@@ -41,6 +42,11 @@ def _focal():
     z = torch.randn(5, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3, 1])
     return lambda z: focal_loss(z, labels, 3.0, gamma_below={0.2: 5.0}), (z,)
+
+
+def _ada(logits, targets):
+    edges = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    return ada_focal(logits, targets, edges, torch.full((4,), 2.0, dtype=torch.float64))
 
 
 _SHARED_BAD = [{"strength": -0.1}, {"ignore_index": 1.5}, {"class_dim": "last"}]
@@ -86,6 +92,23 @@ CASES = {
         bad=[*_SHARED_BAD, {"balanced": "yes"}],
         expected=_balanced,
         gradcheck=lambda: _of_confidence(correctness_aware_penalty),
+    ),
+    "AdaFocal": ContractCase(
+        args={"n_bins": 4, "gamma": 2.0},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": 1.5},
+            {"n_bins": 1},
+            {"rate": -1.0},
+            {"gamma": 0.0},
+            {"lowest": 1.0},
+            {"highest": 0.0},
+            {"switch": 0.0},
+            {"replaces": "all"},
+        ],
+        expected=lambda probe: _ada(probe.logits, probe.targets).mean(),
+        gradcheck=lambda: (_ada, (*_focal()[1], torch.tensor([0, 1, 2, 3, 1]))),
+        logs=("reg/ada_focal",),
     ),
     "FocalLoss": ContractCase(
         args={"gamma": 3.0, "gamma_below": {0.2: 5.0}, "alpha": [0.5, 1.0, 1.0, 2.0]},

@@ -18,8 +18,8 @@ KEEPS = {
     "constant": "exact=True keeps every confidence, as it says",
     "collectives": "exact=True gathers every confidence, as it says",
 }
-# Softmax in float32 or float64 moves a confidence over the edge of a cell.
 KEPT = {"exact": True}
+WITHIN = "only the pairs within an update are counted, as it says"
 
 
 def _case(data, kept=False, **args):
@@ -82,13 +82,31 @@ CASES = {
         *_usual(n_bins=7),
         *_usual(n_bins=7, norm="l2")[:1],
         *_usual(n_bins=7, norm="max")[:1],
-        *_usual(soft=False, n_bins=7, norm="l2", debias=True)[:1],
+        *_usual(soft=False, n_bins=7, norm="l2", debiased=True)[:1],
     ],
     "ExcessAURC": _usual(soft=False),
     "KernelDensityCalibrationError": _always_kept(bandwidth=0.1),
     "KolmogorovSmirnovCalibrationError": [*_usual(), *_usual(normalized=True)[:1]],
     "KuiperCalibrationError": [*_usual(), *_usual(normalized=True)[:1]],
     "MaximumMeanCalibrationError": _usual(),
+    "OperatingPointInconsistency": [
+        MetricCase(
+            args={"resolution": 64},
+            data=(LOGITS, TARGETS),
+            bad=((LOGITS, TARGETS[:5]), (LOGITS, TARGETS.double()), (LOGITS[:, 0], TARGETS)),
+            exemptions=KEEPS,
+        ),
+        MetricCase(
+            args={"pairs": "batch", "num_classes": 5, "resolution": 64},
+            function_args={"resolution": 64},
+            data=(LOGITS, TARGETS),
+            bad=((LOGITS, TARGETS + 1),),
+            exemptions=dict.fromkeys(
+                ("batches", "forward", "checkpoint", "merge", "inference", "ranks"),
+                "only the pairs within an update are counted, as it says",
+            ),
+        ),
+    ],
     "RiskAtCoverage": _usual(coverage=0.7),
     "SmoothCalibrationError": [*_usual(), *_usual(bandwidth=0.1)[:1]],
     "SquaredKernelCalibrationError": [

@@ -52,6 +52,15 @@ def test_value_and_gradient_are_those_of_the_official_code(which):
     torch.testing.assert_close(z.grad, torch.tensor(gradient, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("thresholds", [{0.2: 5.0, 0.5: 4.0}, {0.5: 4.0, 0.2: 5.0}])
+def test_the_smallest_threshold_above_a_probability_counts(thresholds):
+    p = LOGITS.softmax(1)[range(4), TARGETS]
+    gamma = torch.where(p < 0.2, 5.0, torch.where(p < 0.5, 4.0, 3.0))
+    assert set(gamma.tolist()) == {3.0, 4.0, 5.0}
+    found = focal_loss(LOGITS, TARGETS, 3.0, gamma_below=thresholds)
+    torch.testing.assert_close(found, -((1 - p) ** gamma) * p.log())
+
+
 def test_gamma_0_is_the_cross_entropy_with_weights():
     alpha = [0.2, 1.0, 3.0]
     expected = F.cross_entropy(

@@ -6,6 +6,7 @@ import torch
 
 from lightning_reg.metrics import calibration_error
 from lightning_reg.techniques.outputs.soft_binned_ece import SoftBinnedECE, soft_binned_ece
+from tests.engine.simple import INPUTS, LABELS, Host, fit
 from tests.techniques.outputs.noisy import overconfidence, plain_overconfidence
 
 _draws = torch.Generator().manual_seed(0)
@@ -43,6 +44,27 @@ def test_cold_bins_are_hard_ones():
     logits = torch.stack([R.logit(), torch.zeros(50).double()], 1)
     hard = calibration_error(logits[:, 0], C, from_logits=True, task="binary", n_bins=15, norm="l2")
     assert float(soft_binned_ece(R, C, 15, 1e-7)) == pytest.approx(float(hard), abs=1e-9)
+
+
+def test_bins_without_any_weight_count_for_nothing():
+    # At this temperature the weights of all but the middle bin underflow.
+    r = torch.full((10,), 0.5, dtype=torch.float64, requires_grad=True)
+    value = soft_binned_ece(r, (torch.arange(10) < 4).double(), 5, 1e-6)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(0.1, rel=1e-12)
+    assert torch.isfinite(r.grad).all()
+
+
+def test_label_binned_bins_begin_at_the_least_confidence_of_the_classes():
+    ours = SoftBinnedECE(1.0, variant="label_binned", temperature=0.05)
+    module = Host(lr=0.0)
+    _, run = fit([ours], module=module, max_epochs=1)
+    with torch.no_grad():
+        confidence, top = module(INPUTS[-16:]).softmax(1).max(1)
+    right = (top == LABELS[-16:]).float()
+    expected = soft_binned_ece(confidence, right, 15, 0.05, "label_binned", 0.25)
+    found = float(run.callback_metrics["reg/soft_binned_ece"])
+    assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_nothing_wrong_and_nothing_at_all_give_zero_without_nan():

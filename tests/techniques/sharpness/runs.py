@@ -24,11 +24,22 @@ from lightning_reg.engine.exact_resume import ExactResume
 from lightning_reg.techniques.sharpness.adversarial_model_perturbation import (
     AdversarialModelPerturbation,
 )
+from lightning_reg.techniques.sharpness.esam import ESAM
+from lightning_reg.techniques.sharpness.gsam import GSAM
+from lightning_reg.techniques.sharpness.look_sam import LookSAM
 from lightning_reg.techniques.sharpness.sam import SAM
+from lightning_reg.techniques.sharpness.wsam import WSAM
 from lightning_reg.testing.ranks import rank_trainer
 from tests.engine.simple import INPUTS, LABELS, Host, trainer, weights
 
-TECHNIQUES = {"SAM": SAM, "AMP": AdversarialModelPerturbation}
+TECHNIQUES = {
+    "SAM": SAM,
+    "AMP": AdversarialModelPerturbation,
+    "GSAM": GSAM,
+    "WSAM": WSAM,
+    "LookSAM": LookSAM,
+    "ESAM": ESAM,
+}
 STRATEGIES: dict[str, Any] = {
     "plain": lambda: DDPStrategy(),
     "find_unused": lambda: DDPStrategy(find_unused_parameters=True),
