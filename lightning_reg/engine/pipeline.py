@@ -71,8 +71,8 @@ class TrainingStepPipeline:
         self._capture = Capture()
         self._criterion = Criterion()
         self._watchers = [c for c in trainer.callbacks if isinstance(c, StepWatcher)]  # type: ignore[attr-defined]
-        looking = [*self.plan.techniques, *self._watchers]
-        self._readers = {t.name: SignalReader(t, module) for t in looking}  # type: ignore[arg-type]
+        self._looking: list[Regularizer | StepWatcher] = [*self.plan.techniques, *self._watchers]
+        self._readers = {t.name: SignalReader(t, module) for t in self._looking}  # type: ignore[arg-type]
         self._patches: list[MethodPatch] = []
         self._ready: list[Regularizer] = []
         self._log = ValueLog()
@@ -118,8 +118,7 @@ class TrainingStepPipeline:
         # Those that a sanity check gathered.
         put_weights_away(self.module)
         check_sharded_alike(self.module, self.plan.techniques)
-        looking = [*self.plan.techniques, *self._watchers]
-        layers = {layer for t in looking for layer in self._layers(t)}
+        layers = {layer for t in self._looking for layer in self._layers(t)}
         self._capture.attach(self.module, layers)
         self._last_global_step = int(self.trainer.global_step)
         self._total_steps = float(self.trainer.estimated_stepping_batches)

@@ -3,6 +3,7 @@
 from lightning_reg.monitors.calibration import (
     CalibrationMonitor,
 )
+from lightning_reg.monitors.entropy import EntropyMonitor
 from lightning_reg.monitors.monitor import (
     Monitor,
 )
@@ -18,6 +19,7 @@ from lightning_reg.monitors.sharpness import (
 
 __all__ = [
     "CalibrationMonitor",
+    "EntropyMonitor",
     "Monitor",
     "OverfitMonitor",
     "PostHocCalibration",

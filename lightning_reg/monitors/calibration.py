@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -13,15 +13,17 @@ from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.regularizer import Regularizer
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import Step
-from lightning_reg.metrics.calibration import CalibrationError, Norm, ReliabilityBins
+from lightning_reg.metrics.binning import ReliabilityBins
+from lightning_reg.metrics.calibration_suite import CalibrationSuite
 from lightning_reg.metrics.entropy import PredictiveEntropy
 from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.metrics.inputs import Task
-from lightning_reg.metrics.likelihood import ExpectedAccuracy, NegativeLogLikelihood
+from lightning_reg.metrics.readings import Norm
 from lightning_reg.metrics.selective import AURC, SelectiveMetric
 from lightning_reg.metrics.smooth_calibration import SmoothCalibrationError
 from lightning_reg.monitors.calibration_drawings import (
     accuracy_band,
+    classwise_drawing,
     drift_drawing,
     reliability_drawing,
     risk_coverage_drawing,
@@ -38,6 +40,24 @@ from lightning_reg.monitors.record import Entry, update_all
 __all__ = ["CalibrationMonitor"]
 
 _STRENGTH = "strength/"
+_ERRORS: dict[Norm, str] = {"l1": "ece", "l2": "rmsce", "max": "mce"}
+# Read from the suite that is counted anyway; those of classes need their number.
+_FROM_SUITE = (
+    "rmsce",
+    "mce",
+    "debiased_rmsce",
+    "ace",
+    "overconfidence",
+    "underconfidence",
+    "confidence_gap",
+    "brier",
+    "reliability",
+    "resolution",
+    "uncertainty",
+    "classwise_ece",
+    "classwise_rmsce",
+    "classwise_mce",
+)
 
 
 class CalibrationMonitor(Monitor):
@@ -55,6 +75,8 @@ class CalibrationMonitor(Monitor):
     Figures, by name:
 
     - ``"reliability"``: accuracy by bin of confidence, with 95 % intervals and counts;
+    - ``"classwise"``: reliability of each class's probability; of the worst nine where there are
+      more (needs ``num_classes``);
     - ``"smooth"``: the smooth reliability curve of smECE;
     - ``"risk_coverage"``: the risk of the most confident share;
     - ``"temperature"``: reliability raw and calibrated, of a ``PostHocCalibration`` among the
@@ -70,9 +92,13 @@ class CalibrationMonitor(Monitor):
         from_logits: whether what the step's ``logits`` holds are scores before the softmax, or
             probabilities (``False``).
         ignore_index: positions with this class index do not count.
+        num_classes: C, for values and figures of each class.
         metrics: further values to log: ``"confidence_gap"`` (mean confidence minus accuracy, with
-            its sign), ``"overconfidence"`` and ``"underconfidence"`` (the parts of the l1 error
-            from bins that are too confident, and not enough), ``"smece"``, ``"aurc"``.
+            its sign), ``"overconfidence"`` and ``"underconfidence"`` (the parts of the ECE from
+            bins that are too confident, and not enough), ``"smece"``, ``"aurc"``, ``"brier"`` with
+            ``"reliability"``, ``"resolution"`` and ``"uncertainty"``, ``"ace"``, ``"rmsce"``,
+            ``"debiased_rmsce"``, ``"mce"``, and with ``num_classes`` ``"classwise_ece"``,
+            ``"classwise_rmsce"``, ``"classwise_mce"``.
         stages: ``"val"``, ``"test"`` or both.
         figures: their names; ``True`` for ``reliability`` and ``drift``, ``False`` for none,
             ``None`` for those two if matplotlib is installed.
@@ -96,8 +122,9 @@ class CalibrationMonitor(Monitor):
         check is counted. Figures are drawn by rank 0 from what was counted, so that
         :meth:`figure` draws the same after a checkpoint was loaded.
 
-        Costs one log-softmax in float64 a batch and metric (three); ``smece``, ``aurc`` and their
-        figures share one more and a histogram of 1 MB, which goes into checkpoints.
+        Costs two softmaxes in float64 a batch, one for the entropy and one for all else; ``smece``,
+        ``aurc`` and their figures share a third and a histogram of 1 MB, which goes into
+        checkpoints.
 
     Example:
         >>> from lightning_reg.monitors import CalibrationMonitor
@@ -107,6 +134,7 @@ class CalibrationMonitor(Monitor):
 
     figure_names: ClassVar[tuple[str, ...]] = (
         "reliability",
+        "classwise",
         "smooth",
         "risk_coverage",
         "temperature",
@@ -128,6 +156,7 @@ class CalibrationMonitor(Monitor):
         task: Task = "multiclass",
         from_logits: bool = True,
         ignore_index: int | None = None,
+        num_classes: int | None = None,
         metrics: Sequence[str] = (),
         stages: Sequence[Stage] = STAGES,
         figures: bool | Sequence[str] | None = None,
@@ -137,7 +166,7 @@ class CalibrationMonitor(Monitor):
         super().__init__(
             stages=stages, figures=figures, every_n_epochs=every_n_epochs, signals=signals
         )
-        known = [*_READ_FROM_BINS, *self.further]
+        known = [*_FROM_SUITE, *self.further]
         if isinstance(metrics, str) or any(name not in known for name in metrics):
             raise ArgumentError(
                 self,
@@ -149,13 +178,16 @@ class CalibrationMonitor(Monitor):
         self.task: Task = task
         self.from_logits = from_logits
         self.ignore_index = ignore_index
+        self.num_classes = num_classes
         self.metrics = tuple(metrics)
+        by_class = [name for name in metrics if name.startswith("classwise")]
+        self._check_classes([*by_class, *(figures if isinstance(figures, Sequence) else ())])
         self.build_metrics()  # refuses wrong arguments now
 
     @property
     def reliability(self) -> dict[str, ReliabilityBins]:
         """The latest bins of all ranks, by tag."""
-        return {tag: _bins(states["ece"]) for tag, states in self.record.states.items()}
+        return {tag: _bins(states["suite"]) for tag, states in self.record.states.items()}
 
     def build_metrics(self) -> dict[str, ExactMetric]:
         """Those that are always logged, further ones, and those that figures are drawn from."""
@@ -166,11 +198,12 @@ class CalibrationMonitor(Monitor):
         }
         figures = self.figures if isinstance(self.figures, Sequence) else ()
         wanted = {*self.metrics, *(self._needed[name] for name in figures if name in self._needed)}
+        suite = CalibrationSuite(
+            n_bins=self.n_bins, sweep=(), num_classes=self.num_classes, **shared
+        )
         return {
-            "ece": CalibrationError(n_bins=self.n_bins, norm=self.norm, **shared),
-            "nll": NegativeLogLikelihood(**shared),
+            "suite": suite,
             "entropy": PredictiveEntropy(**shared),
-            "accuracy": ExpectedAccuracy(**shared),
             **{name: kind(**shared) for name, kind in self.further.items() if name in wanted},
         }
 
@@ -182,10 +215,15 @@ class CalibrationMonitor(Monitor):
 
     def read(self, metrics: Mapping[str, ExactMetric]) -> dict[str, Tensor]:
         """The values."""
-        values = {name: metric.value() for name, metric in metrics.items()}
-        bins = cast("CalibrationError", metrics["ece"]).bins()
-        read = {name: read for name, read in _READ_FROM_BINS.items() if name in self.metrics}
-        return values | {name: read(bins) for name, read in read.items()}
+        suite = metrics["suite"].value()
+        values = {
+            "ece": suite[_ERRORS[self.norm]],
+            "nll": suite["nll"],
+            "entropy": metrics["entropy"].value(),
+            "accuracy": suite["accuracy"],
+        }
+        values |= {name: metrics[name].value() for name in self.further if name in metrics}
+        return values | {name: suite[name] for name in _FROM_SUITE if name in self.metrics}
 
     def entry(self, trainer: pl.Trainer) -> Entry:
         """The strengths with which the epoch was trained."""
@@ -246,10 +284,23 @@ class CalibrationMonitor(Monitor):
         if name == "risk_coverage":
             ranking = cast("SelectiveMetric", metrics["aurc"])
             return risk_coverage_drawing(*ranking.curve(), float(ranking.value()), title)
-        bins = cast("CalibrationError", metrics["ece"]).bins()
+        suite = cast("CalibrationSuite", metrics["suite"])
+        bins = suite.bins()
+        if name == "classwise":
+            self._check_classes([name])
+            return classwise_drawing(suite.class_moments().bins, norm=self.norm, title=title)
         if name == "temperature":
             return self._temperature_drawing(tag, bins)
         return reliability_drawing(bins, norm=self.norm, band=accuracy_band(bins), title=title)
+
+    def _check_classes(self, names: Sequence[str]) -> None:
+        by_class = [name for name in names if name.startswith("classwise")]
+        if by_class and self.num_classes is None:
+            raise ArgumentError(
+                self,
+                f"needs the number of classes for {by_class[0]!r}",
+                cure="CalibrationMonitor(num_classes=10, ...)",
+            )
 
     def _temperature_drawing(self, tag: str, bins: ReliabilityBins) -> Drawing:
         states = self.record.states[tag]
@@ -261,25 +312,6 @@ class CalibrationMonitor(Monitor):
             temperature=None if found is None else float(found["value"]),
             title=self.record.title(tag),
         )
-
-
-def _confidence_gap(bins: ReliabilityBins) -> Tensor:
-    return (bins.confidence_sum.sum() - bins.correct_sum.sum()) / bins.counts.sum()
-
-
-def _overconfidence(bins: ReliabilityBins) -> Tensor:
-    return (bins.confidence_sum - bins.correct_sum).clamp_min(0).sum() / bins.counts.sum()
-
-
-def _underconfidence(bins: ReliabilityBins) -> Tensor:
-    return (bins.correct_sum - bins.confidence_sum).clamp_min(0).sum() / bins.counts.sum()
-
-
-_READ_FROM_BINS: dict[str, Callable[[ReliabilityBins], Tensor]] = {
-    "confidence_gap": _confidence_gap,
-    "overconfidence": _overconfidence,
-    "underconfidence": _underconfidence,
-}
 
 
 def _calibrating(trainer: pl.Trainer) -> Any:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine.optional import require
-from lightning_reg.metrics.calibration import Norm, ReliabilityBins, error_of_bins
+from lightning_reg.metrics.binning import ReliabilityBins
 from lightning_reg.metrics.order_figures import draw_risk_coverage, draw_smooth_reliability
+from lightning_reg.metrics.readings import Norm, error_of_bins
 from lightning_reg.metrics.reliability import new_figure
 from lightning_reg.metrics.smooth_calibration import SmoothReliability
 from lightning_reg.monitors.drawings import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _BAR, _OVER, _UNDER = "#9dbbe0", "#e39a8e", "#8fc79b"
 _ERRORS = {"l1": "ECE", "l2": "RMS CE", "max": "max CE"}
 _MOST_TECHNIQUES = 5
+_MOST_CLASSES = 9
 _FAINT = 0.01
 
 
@@ -120,6 +122,41 @@ def draw_counts(axes: Axes, bins: ReliabilityBins) -> None:
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.7)
     axes.set(ylabel="count", xlim=(0, 1))
+
+
+def classwise_drawing(bins: ReliabilityBins, *, norm: Norm = "l1", title: str = "") -> Drawing:
+    """Each class's probability against how often it occurs; the worst nine where there are more.
+
+    Args:
+        bins: (C, n_bins) of all classes.
+        norm: of the errors.
+        title: a line above.
+    """
+    errors = error_of_bins(bins, norm)
+    classes = len(errors)
+    # Of classes that nothing was counted of there is nothing to be seen.
+    order = errors.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
+    shown = order[:_MOST_CLASSES].tolist() if classes > _MOST_CLASSES else list(range(classes))
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = new_figure(2.9 * columns + 0.3, 2.9 * rows + 0.8)
+    for position, label in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, position + 1)
+        own = ReliabilityBins(*(state[label] for state in bins))
+        draw_bins(axes, own, norm=norm, band=accuracy_band(own))
+        axes.set_title(f"class {label}: {_ERRORS[norm]} {number(float(errors[label]))}", fontsize=9)
+        axes.set_ylabel("frequency" if position % columns == 0 else "")
+        axes.set_xlabel("probability" if position >= len(shown) - columns else "")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    labels = [text.replace("accuracy", "frequency") for text in labels]
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, fontsize="small", frameon=False
+    )
+    which = f"the worst {len(shown)} of {classes} classes" if classes > len(shown) else "classes"
+    mean = number(float(errors.nanmean()))
+    figure.suptitle(f"{title}: {which}, mean {_ERRORS[norm]} {mean}".lstrip(": "), fontsize=10)
+    numbers = {name: values.tolist() for name, values in bins._asdict().items()}
+    return Drawing(figure, {**numbers, "errors": errors.tolist(), "shown": shown})
 
 
 def temperature_drawing(
@@ -219,7 +256,8 @@ def strength_drawing(history: Sequence[Entry], prefix: str, title: str = "") -> 
     spread = {name: _spread([e[name] for e in history if name in e]) for name in names}
     shown = sorted(sorted(names, key=lambda name: -spread[name])[:_MOST_TECHNIQUES])
     figure = new_figure(9.4, 2.9 * max(1, len(shown)) + 0.4)
-    figure.get_layout_engine().set(wspace=0.08, hspace=0.06)  # type: ignore[union-attr]
+    layout: Any = figure.get_layout_engine()
+    layout.set(wspace=0.08, hspace=0.06)
     grid = figure.subplots(max(1, len(shown)), 2, squeeze=False)
     numbers: dict[str, Any] = {}
     for row, name in zip(grid, shown, strict=False):

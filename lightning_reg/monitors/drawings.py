@@ -76,6 +76,7 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
             label=f"{curve.label} {number(curve.y[-1])}" if len(curve.y) else curve.label,
         )
     axes.grid(alpha=0.25)
+    axes.ticklabel_format(axis="y", useOffset=False)
     if any(len(curve.x) for curve in curves):
         axes.legend(fontsize="x-small", frameon=False)
         whole_numbers(axes, [x for curve in curves for x in curve.x])

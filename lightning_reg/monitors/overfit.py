@@ -16,11 +16,10 @@ from lightning_reg.engine.regularizer import Regularizer
 from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import Step
-from lightning_reg.metrics.calibration import CalibrationError
+from lightning_reg.metrics.calibration_suite import CalibrationSuite
 from lightning_reg.metrics.entropy import PredictiveEntropy
 from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.metrics.inputs import Task
-from lightning_reg.metrics.likelihood import ExpectedAccuracy, NegativeLogLikelihood
 from lightning_reg.metrics.margin import ProbabilityMargin
 from lightning_reg.monitors.drawings import Curve, curves_drawing
 from lightning_reg.monitors.feed import StepFeed
@@ -88,7 +87,7 @@ class OverfitMonitor(Monitor, StepWatcher):
         dataloaders each has its gap to the one training side. Inside an epoch a checkpoint holds
         what was counted on all ranks, and a resume goes on from there.
 
-        Costs four log-softmaxes in float64 for a batch, in training too; with ``train_data`` none
+        Costs three softmaxes in float64 for a batch, in training too; with ``train_data`` none
         in training, and a forward pass over the part per validation.
 
     Example:
@@ -139,9 +138,7 @@ class OverfitMonitor(Monitor, StepWatcher):
             "ignore_index": self.ignore_index,
         }
         return {
-            "loss": NegativeLogLikelihood(**shared),
-            "accuracy": ExpectedAccuracy(**shared),
-            "ece": CalibrationError(n_bins=self.n_bins, **shared),
+            "suite": CalibrationSuite(n_bins=self.n_bins, sweep=(), **shared),
             "entropy": PredictiveEntropy(**shared),
             "margin": ProbabilityMargin(**shared),
         }
@@ -162,10 +159,10 @@ class OverfitMonitor(Monitor, StepWatcher):
         """The gaps; nothing without a training side."""
         self._sides = {}
         with joined(self._train):
-            train = {name: metric.value() for name, metric in self._train.items()}
+            train = _values_of(self._train)
         if bool(torch.isnan(train["accuracy"])):
             return {}
-        held_out = {name: metric.value() for name, metric in metrics.items()}
+        held_out = _values_of(metrics)
         for side, values in (("train", train), ("val", held_out)):
             self._sides |= {f"{side}_{name}": float(value) for name, value in values.items()}
         return {name: held_out[name] - train[name].to(held_out[name]) for name in held_out}
@@ -284,3 +281,14 @@ class OverfitMonitor(Monitor, StepWatcher):
                 Curve("validation", epochs, held_out),
             ]
         return curves_drawing(panels, x_label="epoch", title=self.record.title(tag), columns=3)
+
+
+def _values_of(metrics: Mapping[str, ExactMetric]) -> dict[str, Tensor]:
+    suite = metrics["suite"].value()
+    return {
+        "loss": suite["nll"],
+        "accuracy": suite["accuracy"],
+        "ece": suite["ece"],
+        "entropy": metrics["entropy"].value(),
+        "margin": metrics["margin"].value(),
+    }

@@ -44,3 +44,16 @@ def test_config_builds_the_callbacks_it_names():
 def test_own_technique_keeps_the_contract():
     checks = ("neutral", "acts", "formula", "gradient", "arguments")
     assert load("own_technique").main(*checks) == dict.fromkeys(checks, "kept")
+
+
+def test_calibration_tracking_draws_and_holds_the_confidence(tmp_path):
+    metrics = load("calibration_tracking").main(epochs=21, folder=str(tmp_path))
+    assert {"val/confidence_gap", "val/nll_calibrated", "gap/loss"} <= set(metrics)
+    drawn = {path.name.split("_step_")[0] for path in (tmp_path / "figures").glob("*.png")}
+    assert {
+        "val_reliability",
+        "val_temperature",
+        "val_strength",
+        "val_split",
+        "val_curves",
+    } <= drawn

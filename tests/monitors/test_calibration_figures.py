@@ -14,7 +14,11 @@ from lightning_reg.engine import ArgumentError
 from lightning_reg.engine.schedule import LinearSchedule
 from lightning_reg.metrics import ReliabilityBins
 from lightning_reg.monitors import CalibrationMonitor, PostHocCalibration
-from lightning_reg.monitors.calibration_drawings import accuracy_band, reliability_drawing
+from lightning_reg.monitors.calibration_drawings import (
+    accuracy_band,
+    classwise_drawing,
+    reliability_drawing,
+)
 from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
 
 ALL = list(CalibrationMonitor.figure_names)
@@ -61,7 +65,7 @@ def saved_and_loaded(state):
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted")
-    ours = monitor(ALL, metrics=["smece", "aurc"])
+    ours = monitor(ALL, metrics=["smece", "aurc", "classwise_ece"], num_classes=4)
     technique = Confidence(LinearSchedule(0.0, 0.2, end=2, by="epoch"))
     run = trainer([technique, ours, PostHocCalibration()], max_epochs=3, default_root_dir=folder)
     run.fit(Quiet(), loader(), loader())
@@ -72,6 +76,7 @@ def fitted(tmp_path_factory):
     ("figure", "label", "key"),
     [
         ("reliability", "ECE", "ece"),
+        ("classwise", "mean ECE", "classwise_ece"),
         ("smooth", "smECE", "smece"),
         ("risk_coverage", "AURC", "aurc"),
     ],
@@ -86,7 +91,7 @@ def test_the_drawn_number_is_the_logged_one(fitted, figure, label, key):
 @pytest.mark.parametrize("name", ALL)
 def test_figures_are_the_same_after_loading_a_state_without_samples(fitted, name):
     ours, _ = fitted
-    fresh = monitor(ALL, metrics=["smece", "aurc"])
+    fresh = monitor(ALL, num_classes=4)
     fresh.load_state_dict(saved_and_loaded(ours.state_dict()))
     assert pixels(fresh.figure(name)) == pixels(ours.figure(name))
 
@@ -159,7 +164,25 @@ def test_every_n_epochs_counts_epochs_of_the_fit(tmp_path):
     assert names == [f"val_reliability_step_{step:08d}.png" for step in (4, 12)]
 
 
+def test_the_worst_classes_are_shown_where_there_are_many():
+    counts = torch.full((12, 5), 10)
+    confidence = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]).expand(12, 5) * counts
+    off = torch.arange(12) / 200
+    correct = confidence + off[:, None] * counts
+    found = classwise_drawing(ReliabilityBins(counts, confidence, correct), title="val")
+    assert found.numbers["shown"] == list(range(11, 2, -1))
+    shown = re.findall(r"class (\d+): ECE ([\d.]+)", texts(found.figure))
+    assert {int(k): float(v) for k, v in shown} == pytest.approx(
+        {k: k / 200 for k in range(3, 12)}, abs=5.1e-5
+    )
+    assert "the worst 9 of 12 classes" in texts(found.figure)
+
+
 def test_figures_without_what_they_show_are_refused():
+    with pytest.raises(ArgumentError, match="num_classes=10"):
+        monitor(["classwise"])
+    with pytest.raises(ArgumentError, match="num_classes=10"):
+        monitor(metrics=["classwise_ece"])
     with pytest.raises(ArgumentError, match="PostHocCalibration"):
         trainer([monitor(["temperature"])]).validate(Quiet(), loader(), verbose=False)
     with pytest.raises(ArgumentError, match="there is none among the callbacks"):
