@@ -3,7 +3,9 @@
 from lightning_reg.monitors.calibration import (
     CalibrationMonitor,
 )
-from lightning_reg.monitors.entropy import EntropyMonitor
+from lightning_reg.monitors.entropy import (
+    EntropyMonitor,
+)
 from lightning_reg.monitors.monitor import (
     Monitor,
 )
