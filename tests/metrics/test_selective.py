@@ -18,7 +18,8 @@ from lightning_reg.metrics import (
     excess_aurc,
     risk_at_coverage,
 )
-from lightning_reg.metrics.ranking import Ranked, harmonic_step
+from lightning_reg.metrics.fine_histogram import cells_of_samples
+from lightning_reg.metrics.ranking import Ranked, harmonic_step, risk_of_first
 from tests.metrics.order_data import CONFIDENCE, CORRECT, TIED, binary, filled, two_classes
 
 # Five predictions on three levels: 2! x 2! orders.
@@ -119,9 +120,8 @@ def test_a_share_that_is_a_whole_number_is_not_rounded_up():
 @pytest.mark.parametrize("confidence", [CONFIDENCE, TIED, np.full(200, 0.7)])
 @pytest.mark.parametrize("risk", [0.0, 0.1, 0.2, 0.25, 0.355, 0.4, 1.0])
 def test_coverage_at_risk_is_the_largest_whose_risk_is_allowed(confidence, risk):
-    of_all = [
-        binary(risk_at_coverage, confidence, CORRECT, coverage=k / 200) for k in range(1, 201)
-    ]
+    ranked = Ranked.of(cells_of_samples(torch.tensor(confidence), torch.tensor(CORRECT).double()))
+    of_all = risk_of_first(ranked, torch.arange(1.0, 201.0).double()).tolist()
     allowed = [k for k, r in enumerate(of_all, 1) if r <= risk + 1e-15]
     expected = max(allowed, default=0) / 200
     assert binary(coverage_at_risk, confidence, CORRECT, risk=risk) == pytest.approx(expected)
