@@ -152,7 +152,9 @@ class HessianTopEigenvalue(Metric):
         check_lanczos(k, which, iterations, tolerance)
         self.k, self.which, self.iterations = k, which, iterations
         self.tolerance, self.seed = tolerance, seed
-        self._forget()
+        self._losses: list[Callable[[], Tensor]] = []
+        self._weights: list[float] = []
+        self._learned: list[Tensor] = []
 
     def update(
         self, loss: Callable[[], Tensor], parameters: Sequence[Tensor], weight: float = 1.0
@@ -192,12 +194,7 @@ class HessianTopEigenvalue(Metric):
     def reset(self) -> None:
         """Drop the batches."""
         super().reset()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._losses: list[Callable[[], Tensor]] = []
-        self._weights: list[float] = []
-        self._learned: list[Tensor] = []
+        self._losses, self._weights, self._learned = [], [], []
 
     def __getstate__(self) -> dict[str, Any]:
         # Batches and a network's parameters are no part of a copy.
