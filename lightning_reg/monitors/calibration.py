@@ -22,7 +22,7 @@ from lightning_reg.metrics.readings import Norm
 from lightning_reg.metrics.selective import AURC, SelectiveMetric
 from lightning_reg.metrics.smooth_calibration import SmoothCalibrationError
 from lightning_reg.monitors.calibration_drawings import (
-    accuracy_band,
+    band_of,
     classwise_drawing,
     drift_drawing,
     reliability_drawing,
@@ -291,7 +291,7 @@ class CalibrationMonitor(Monitor):
             return classwise_drawing(suite.class_moments().bins, norm=self.norm, title=title)
         if name == "temperature":
             return self._temperature_drawing(tag, bins)
-        return reliability_drawing(bins, norm=self.norm, band=accuracy_band(bins), title=title)
+        return reliability_drawing(bins, norm=self.norm, band=band_of(bins), title=title)
 
     def _check_classes(self, names: Sequence[str]) -> None:
         by_class = [name for name in names if name.startswith("classwise")]

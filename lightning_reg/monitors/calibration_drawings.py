@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_reg.engine.optional import require
 from lightning_reg.metrics.binning import ReliabilityBins
 from lightning_reg.metrics.order_figures import draw_risk_coverage, draw_smooth_reliability
 from lightning_reg.metrics.readings import Norm, error_of_bins
 from lightning_reg.metrics.reliability import new_figure
 from lightning_reg.metrics.smooth_calibration import SmoothReliability
+from lightning_reg.metrics.uncertainty import accuracy_band
 from lightning_reg.monitors.drawings import (
     COLORS,
     INK,
@@ -143,7 +144,7 @@ def classwise_drawing(bins: ReliabilityBins, *, norm: Norm = "l1", title: str = 
     for position, label in enumerate(shown):
         axes = figure.add_subplot(rows, columns, position + 1)
         own = ReliabilityBins(*(state[label] for state in bins))
-        draw_bins(axes, own, norm=norm, band=accuracy_band(own))
+        draw_bins(axes, own, norm=norm, band=band_of(own))
         axes.set_title(f"class {label}: {_ERRORS[norm]} {number(float(errors[label]))}", fontsize=9)
         axes.set_ylabel("frequency" if position % columns == 0 else "")
         axes.set_xlabel("probability" if position >= len(shown) - columns else "")
@@ -189,7 +190,7 @@ def temperature_drawing(
             upper.set(xlim=(0, 1), ylim=(0, 1.02))
             continue
         upper.set_title(f"{label}\n{_summary(bins, norm)}", fontsize="medium")
-        draw_bins(upper, bins, norm=norm, band=accuracy_band(bins))
+        draw_bins(upper, bins, norm=norm, band=band_of(bins))
         draw_counts(lower, bins)
         name = ("before", "after")[column]
         numbers[name] = {key: values.tolist() for key, values in bins._asdict().items()}
@@ -275,17 +276,9 @@ def strength_drawing(history: Sequence[Entry], prefix: str, title: str = "") -> 
     return Drawing(figure, numbers)
 
 
-def accuracy_band(bins: ReliabilityBins, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """The Clopper-Pearson interval of each bin's accuracy, (n_bins,) both; NaN in empty ones."""
-    beta = require("scipy.stats", "demo", "A reliability diagram with a band").beta
-    right, count = bins.correct_sum.double().numpy(), bins.counts.numpy()
-    tail = (1 - level) / 2
-    low = torch.as_tensor(beta.ppf(tail, right, count - right + 1))
-    high = torch.as_tensor(beta.ppf(1 - tail, right + 1, count - right))
-    empty = bins.counts == 0
-    low = torch.where(bins.correct_sum <= 0, torch.zeros_like(low), low)
-    high = torch.where(bins.correct_sum >= bins.counts, torch.ones_like(high), high)
-    return low.masked_fill(empty, float("nan")), high.masked_fill(empty, float("nan"))
+def band_of(bins: ReliabilityBins) -> tuple[Tensor, Tensor] | None:
+    """The 95 % interval of each bin's accuracy; none without scipy."""
+    return accuracy_band(bins) if importlib.util.find_spec("scipy") is not None else None
 
 
 def _summary(bins: ReliabilityBins, norm: Norm) -> str:

@@ -123,7 +123,7 @@ class EntropyMonitor(Monitor):
         super().__init__(
             stages=stages, figures=figures, every_n_epochs=every_n_epochs, signals=signals
         )
-        self._check_attention(attention, num_heads)
+        self._check_attention(attention, num_heads, attention_mask)
         self.num_classes = num_classes
         self.attention = tuple(attention)
         self.num_heads = num_heads
@@ -252,7 +252,7 @@ class EntropyMonitor(Monitor):
 
     # ------------------------------------------------------------------ arguments
 
-    def _check_attention(self, attention: Any, num_heads: Any) -> None:
+    def _check_attention(self, attention: Any, num_heads: Any, mask: Any) -> None:
         if isinstance(attention, str) or not all(isinstance(name, str) for name in attention):
             raise ArgumentError(
                 self,
@@ -264,6 +264,14 @@ class EntropyMonitor(Monitor):
                 self,
                 "needs the number of heads of the attention layers",
                 cure=f"EntropyMonitor(attention={list(attention)!r}, num_heads=8)",
+            )
+
+        path = isinstance(mask, str) and mask.partition(".")[0] in ("batch", "outputs")
+        if mask is not None and not callable(mask) and not path:
+            raise ArgumentError(
+                self,
+                f"`attention_mask` must be a path in the batch or a callable, got {mask!r}",
+                cure='EntropyMonitor(..., attention_mask="batch.attention_mask")',
             )
 
     def _check_needed(self, figures: Sequence[str]) -> None:

@@ -153,6 +153,12 @@ class Monitor(Callback):
             )
         return self._drawing(name, tag).figure
 
+    @property
+    def state_key(self) -> str:
+        """The key in a checkpoint: one monitor of a kind for validation and one for test."""
+        kind = type(self).__qualname__
+        return kind if self.stages == STAGES else f"{kind}[{','.join(self.stages)}]"
+
     def state_dict(self) -> dict[str, Any]:
         """Values, history, and the states that figures are drawn from."""
         return self.record.state_dict()

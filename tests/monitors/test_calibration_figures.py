@@ -1,21 +1,19 @@
 """What calibration figures show: the logged numbers, from state alone, over a resume."""
 
 import io
-import math
 import re
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scipy.stats import beta, binom
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg.engine import ArgumentError
 from lightning_reg.engine.schedule import LinearSchedule
 from lightning_reg.metrics import ReliabilityBins
+from lightning_reg.metrics.uncertainty import accuracy_band
 from lightning_reg.monitors import CalibrationMonitor, PostHocCalibration
 from lightning_reg.monitors.calibration_drawings import (
-    accuracy_band,
     classwise_drawing,
     reliability_drawing,
 )
@@ -206,17 +204,17 @@ def test_metrics_that_count_alike_are_updated_once(monkeypatch):
     assert len(calls) == 1
 
 
-def test_the_band_has_its_coverage_and_closed_ends():
+def test_intervals_stand_at_the_accuracy_of_their_bins():
     bins = ReliabilityBins(
-        torch.tensor([0, 10, 10, 10]), torch.zeros(4), torch.tensor([0.0, 0.0, 3.0, 10.0])
+        torch.tensor([0, 10, 40]), torch.tensor([0.0, 5.0, 36.0]), torch.tensor([0.0, 3.0, 38.0])
     )
-    low, high = accuracy_band(bins)
-    assert math.isnan(low[0])
-    assert (float(low[1]), float(high[3])) == (0.0, 1.0)
-    # At the ends of the interval the count is just improbable enough.
-    assert binom.sf(2, 10, float(low[2])) == pytest.approx(0.025)
-    assert binom.cdf(3, 10, float(high[2])) == pytest.approx(0.025)
-    assert float(high[1]) == pytest.approx(beta.ppf(0.975, 1, 10))
+    axes = reliability_drawing(bins, band=accuracy_band(bins)).figure.axes[0]
+    segments = [line for c in axes.collections for line in c.get_segments()]
+    ends = sorted((float(x), float(low), float(high)) for (x, low), (_, high) in segments)
+    # scipy.stats.binomtest(3, 10).proportion_ci() and (38, 40).
+    assert [x for x, _, _ in ends] == pytest.approx([0.5, 5 / 6])
+    assert ends[0][1:] == pytest.approx((0.06674, 0.65245), abs=1e-4)
+    assert ends[1][1:] == pytest.approx((0.83080, 0.99388), abs=1e-4)
 
 
 def test_an_empty_diagram_is_drawn():

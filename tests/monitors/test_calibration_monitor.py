@@ -93,6 +93,18 @@ def test_logs_test_steps_under_their_own_name():
     check(run.callback_metrics, module, "test")
 
 
+def test_one_monitor_for_validation_and_one_for_test(tmp_path):
+    one, other = monitor(stages=["val"], n_bins=5), monitor(stages=["test"], n_bins=20)
+    module, run = Silent(), trainer([one, other], max_epochs=1)
+    run.fit(module, loader(), loader())
+    run.test(module, loader(), verbose=False)
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    saved = torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"]
+    assert saved["CalibrationMonitor[val]"]["results"] == one.results
+    assert saved["CalibrationMonitor[test]"]["results"] == other.results
+    assert not set(one.results) & set(other.results)
+
+
 class AfterSanityCheck(L.Callback):
     def on_sanity_check_end(self, trainer, pl_module):
         self.seen = dict(trainer.callback_metrics)

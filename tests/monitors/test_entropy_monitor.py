@@ -248,6 +248,7 @@ def test_sparse_and_empty_states_are_drawn():
     [
         ({"attention": "first"}, "attention="),
         ({"attention": ["first"]}, "num_heads=8"),
+        ({"attention_mask": "mask"}, r"batch\.attention_mask"),
         ({"figures": ["classes"]}, "num_classes=10"),
         ({"figures": ["attention"]}, "num_heads=8"),
         ({"figures": ["pie"]}, "split"),
