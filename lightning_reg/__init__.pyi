@@ -143,6 +143,7 @@ from lightning_reg.techniques.gradients.jacobian_penalty import JacobianPenalty 
 from lightning_reg.techniques.gradients.ortho_grad import OrthoGrad as OrthoGrad
 from lightning_reg.techniques.gradients.reconstruction_contraction import ReconstructionContraction as ReconstructionContraction
 from lightning_reg.techniques.gradients.right_for_right_reasons import RightForRightReasons as RightForRightReasons
+from lightning_reg.techniques.gradients.truncated_model_step import TruncatedModelStep as TruncatedModelStep
 from lightning_reg.techniques.inputs.cutmix import CutMix as CutMix
 from lightning_reg.techniques.inputs.cutout import Cutout as Cutout
 from lightning_reg.techniques.inputs.instance_noise import InstanceNoise as InstanceNoise
@@ -195,6 +196,7 @@ from lightning_reg.techniques.sharpness.look_sam import LookSAM as LookSAM
 from lightning_reg.techniques.sharpness.mesa import MESA as MESA
 from lightning_reg.techniques.sharpness.saf import SAF as SAF
 from lightning_reg.techniques.sharpness.sam import SAM as SAM
+from lightning_reg.techniques.sharpness.udim import UDIM as UDIM
 from lightning_reg.techniques.sharpness.wsam import WSAM as WSAM
 from lightning_reg.techniques.sparsity.random_sparse_mask import RandomSparseMask as RandomSparseMask
 from lightning_reg.techniques.weights.elastic_net import ElasticNet as ElasticNet
@@ -204,6 +206,7 @@ from lightning_reg.techniques.weights.l1_penalty import L1Penalty as L1Penalty
 from lightning_reg.techniques.weights.l2_penalty import L2Penalty as L2Penalty
 from lightning_reg.techniques.weights.l2_sp import L2SP as L2SP
 from lightning_reg.techniques.weights.logit_attenuating_weight_norm import LogitAttenuatingWeightNorm as LogitAttenuatingWeightNorm
+from lightning_reg.techniques.weights.low_rank_projection import LowRankProjection as LowRankProjection
 from lightning_reg.techniques.weights.max_norm import MaxNorm as MaxNorm
 from lightning_reg.techniques.weights.mini_batch_aware_l2 import MiniBatchAwareL2 as MiniBatchAwareL2
 from lightning_reg.techniques.weights.norm_loss import NormLoss as NormLoss
@@ -212,6 +215,7 @@ from lightning_reg.techniques.weights.orthogonal_conv_regularizer import Orthogo
 from lightning_reg.techniques.weights.orthogonal_regularizer import OrthogonalRegularizer as OrthogonalRegularizer
 from lightning_reg.techniques.weights.parallel_path_product_penalty import ParallelPathProductPenalty as ParallelPathProductPenalty
 from lightning_reg.techniques.weights.path_norm_penalty import PathNormPenalty as PathNormPenalty
+from lightning_reg.techniques.weights.poincare_projection import PoincareProjection as PoincareProjection
 from lightning_reg.techniques.weights.spectral_regularization import SpectralRegularization as SpectralRegularization
 from lightning_reg.techniques.weights.theory_scaled_l1 import TheoryScaledL1 as TheoryScaledL1
 from lightning_reg.techniques.weights.wasserstein_init import WassersteinInit as WassersteinInit

@@ -106,6 +106,7 @@ from lightning_reg.techniques.gradients.ortho_grad import ortho_grad as ortho_gr
 from lightning_reg.techniques.gradients.reconstruction_contraction import reconstruction_contraction as reconstruction_contraction
 from lightning_reg.techniques.gradients.reconstruction_contraction import reconstruction_score as reconstruction_score
 from lightning_reg.techniques.gradients.right_for_right_reasons import right_for_right_reasons as right_for_right_reasons
+from lightning_reg.techniques.gradients.truncated_model_step import truncated_model_step as truncated_model_step
 from lightning_reg.techniques.inputs.cutmix import cutmix as cutmix
 from lightning_reg.techniques.inputs.cutout import cutout as cutout
 from lightning_reg.techniques.inputs.instance_noise import instance_noise as instance_noise
@@ -167,6 +168,7 @@ from lightning_reg.techniques.sharpness.look_sam import look_sam_gradient as loo
 from lightning_reg.techniques.sharpness.mesa import mesa_divergence as mesa_divergence
 from lightning_reg.techniques.sharpness.saf import trajectory_loss as trajectory_loss
 from lightning_reg.techniques.sharpness.sam import sam_perturbation as sam_perturbation
+from lightning_reg.techniques.sharpness.udim import domain_inconsistency as domain_inconsistency
 from lightning_reg.techniques.sharpness.wsam import wsam_gradient as wsam_gradient
 from lightning_reg.techniques.sparsity.random_sparse_mask import random_sparse_mask as random_sparse_mask
 from lightning_reg.techniques.weights.dice import dice as dice
@@ -177,6 +179,7 @@ from lightning_reg.techniques.weights.l1_penalty import l1_penalty as l1_penalty
 from lightning_reg.techniques.weights.l2_penalty import l2_penalty as l2_penalty
 from lightning_reg.techniques.weights.l2_sp import l2_sp as l2_sp
 from lightning_reg.techniques.weights.logit_attenuating_weight_norm import logit_attenuating_weight_norm as logit_attenuating_weight_norm
+from lightning_reg.techniques.weights.low_rank_projection import low_rank_projection as low_rank_projection
 from lightning_reg.techniques.weights.max_norm import max_norm as max_norm
 from lightning_reg.techniques.weights.mini_batch_aware_l2 import mini_batch_aware_l2 as mini_batch_aware_l2
 from lightning_reg.techniques.weights.norm_loss import norm_loss as norm_loss
@@ -185,6 +188,8 @@ from lightning_reg.techniques.weights.orthogonal_conv_regularizer import orthogo
 from lightning_reg.techniques.weights.orthogonal_regularizer import orthogonal_regularizer as orthogonal_regularizer
 from lightning_reg.techniques.weights.parallel_path_product_penalty import parallel_path_product_penalty as parallel_path_product_penalty
 from lightning_reg.techniques.weights.path_norm_penalty import path_norm_penalty as path_norm_penalty
+from lightning_reg.techniques.weights.poincare_projection import poincare_distance as poincare_distance
+from lightning_reg.techniques.weights.poincare_projection import poincare_projection as poincare_projection
 from lightning_reg.techniques.weights.spectral_regularization import spectral_regularization as spectral_regularization
 from lightning_reg.techniques.weights.theory_scaled_l1 import theory_scaled_l1 as theory_scaled_l1
 from lightning_reg.techniques.weights.wasserstein_init import wasserstein_init as wasserstein_init

@@ -1,5 +1,3 @@
 """Maps from a trained classifier's logits to calibrated ones, fitted on held-out data."""
 
-
-__all__ = [
-]
+__all__ = []

@@ -21,6 +21,7 @@ from lightning_reg.metrics.by_group import (
 )
 from lightning_reg.metrics.calibration import (
     CalibrationError,
+    ReliabilityBins,
     calibration_error,
 )
 from lightning_reg.metrics.calibration_suite import (
@@ -242,6 +243,7 @@ __all__ = [
     "PredictiveEntropy",
     "ProbabilityMargin",
     "QuantileCalibrationError",
+    "ReliabilityBins",
     "RiskAtCoverage",
     "RollingEntropy",
     "RouterEntropy",
