@@ -1,3 +1,1 @@
 """Maps from a trained classifier's logits to calibrated ones, fitted on held-out data."""
-
-__all__ = []
