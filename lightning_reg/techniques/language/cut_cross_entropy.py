@@ -86,8 +86,9 @@ class _CutCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A second backward: the first one gave its buffers away.
-            saved = ctx.saved_tensors
-            _, gradients = _sweep(*saved, ctx.filter_eps, ctx.block, True)
+            rows, weight, bias, labels = ctx.saved_tensors
+            _, gradients = _sweep(rows, weight, bias, labels, ctx.filter_eps, ctx.block, True)
+            assert gradients is not None
         # In place: these buffers are as large as the output layer, and nobody else holds them.
         scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
         return (*scaled, None, None, None)
