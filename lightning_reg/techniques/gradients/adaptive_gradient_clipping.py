@@ -121,9 +121,9 @@ class AdaptiveGradientClipping(GradientTransform):
 
 def _unit_norm(tensor: Tensor) -> Tensor:
     """(out, 1, ...), or a single number for a vector."""
-    if tensor.ndim < 2:
-        return torch.linalg.vector_norm(tensor)
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    places = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=places, keepdim=tensor.ndim > 1)
+    return norm
 
 
 def _factor(weight_norm: Tensor, gradient_norm: Tensor, clip: float, eps: float) -> Tensor:

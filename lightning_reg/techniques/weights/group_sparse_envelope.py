@@ -192,7 +192,9 @@ def _norms(matrix: Tensor, groups: Groups) -> Tensor:
     """The norm of each group, in a shape that broadcasts over the matrix."""
     if groups == "elements":
         return matrix.abs()
-    return torch.linalg.vector_norm(matrix, dim=1 if groups == "rows" else 0, keepdim=True)
+    dimension = 1 if groups == "rows" else 0
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=dimension, keepdim=True)
+    return norms
 
 
 def _shares(norms: Tensor, k: int) -> Tensor:

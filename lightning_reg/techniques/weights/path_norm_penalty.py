@@ -56,7 +56,8 @@ def path_norm_penalty(w_in: Tensor, w_out: Tensor) -> Tensor:
     """
     outgoing = _outgoing(w_out, len(w_in))
     norms = torch.linalg.vector_norm(w_in.flatten(1), dim=1)
-    return (norms * torch.linalg.vector_norm(outgoing, dim=(0, 2))).sum()
+    total: Tensor = (norms * torch.linalg.vector_norm(outgoing, dim=(0, 2))).sum()
+    return total
 
 
 class PathNormPenalty(WeightPaths):
@@ -145,7 +146,7 @@ class PathNormPenalty(WeightPaths):
                 cure='PathNormPenalty(pairs=[["first_layer", "second_layer"]])',
             )
         weights = dict(module.named_parameters())
-        paths = [(f"{a}.weight", f"{b}.weight") for a, b in pairs]
+        paths: list[Path] = [(f"{a}.weight", f"{b}.weight") for a, b in pairs]
         for path in paths:
             self._check(path, weights)
         return paths

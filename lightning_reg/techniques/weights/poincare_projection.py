@@ -140,9 +140,11 @@ class PoincareProjection(Projection, GradientTransform):
 
 
 def _riemannian(weight: Tensor, gradient: Tensor) -> Tensor:
-    return gradient * (1 - weight.square().sum(-1, keepdim=True)).square() / 4
+    scaled: Tensor = gradient * (1 - weight.square().sum(-1, keepdim=True)).square() / 4
+    return scaled
 
 
 def _inside(weight: Tensor, eps: float) -> Tensor:
     norms = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
-    return weight * ((1 - eps) / norms).clamp_max(1.0)
+    inside: Tensor = weight * ((1 - eps) / norms).clamp_max(1.0)
+    return inside

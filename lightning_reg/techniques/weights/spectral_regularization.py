@@ -228,7 +228,8 @@ def _spectral(stack: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor, T
 
 def _unit(vectors: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    unit: Tensor = vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return unit
 
 
 def _of_scale(scale: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -168,8 +168,9 @@ class TheoryScaledL1(ProximalPenalty):
         """Norms and signs, times the rates."""
         rates = [self.rate(m.shape[1]) for m in matrices]
         norms = torch._foreach_mul(torch._foreach_norm(list(matrices), 1), rates)
-        signs = torch._foreach_mul(torch._foreach_sign(list(matrices)), rates)
-        return torch.stack(norms), list(signs)
+        signs = list(torch._foreach_sign(list(matrices)))
+        torch._foreach_mul_(signs, rates)
+        return torch.stack(norms), signs
 
     def proximal_form(self, matrices: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
         """Soft-thresholded weights."""
