@@ -250,7 +250,7 @@ def _maxima_of_parts(scores: Tensor) -> Tensor:
     if classes < 4 * _PART or scores.stride(1) != 1:
         return scores.amax(1, keepdim=True)
     whole = classes // _PART * _PART
-    maxima = scores[:, :whole].unflatten(1, (-1, _PART)).amax(2)
+    maxima: Tensor = scores[:, :whole].unflatten(1, (-1, _PART)).amax(2)
     if whole < classes:
         maxima = torch.cat([maxima, scores[:, whole:].amax(1, keepdim=True)], 1)
     return maxima
