@@ -266,7 +266,7 @@ def _over_classes(function: Any, scores: Tensor) -> Tensor:
     return transposed.t()
 
 
-def _block_size(preds: Tensor, block: int) -> int:
+def _block_size(preds: Tensor, block: int = BLOCK) -> int:
     if preds.device.type != "cpu":
         return _DEVICE_BLOCK
     _keep_freed_memory()
