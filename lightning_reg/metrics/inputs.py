@@ -93,7 +93,7 @@ def read_blocks(
         block: scores in a block on the CPU.
     """
     check_shapes(owner, preds, target, task)
-    for rows, targets in _pieces(preds.detach(), target, task, _block_size(preds, block)):
+    for rows, targets in _pieces(preds.detach(), target, task, block_size(preds, block)):
         yield _clean(owner, rows, targets, task, from_logits, ignore_index, validate)
 
 
@@ -266,7 +266,8 @@ def _over_classes(function: Any, scores: Tensor) -> Tensor:
     return transposed.t()
 
 
-def _block_size(preds: Tensor, block: int = BLOCK) -> int:
+def block_size(preds: Tensor, block: int = BLOCK) -> int:
+    """Scores in a block: what the processor's cores have room for; more on other devices."""
     if preds.device.type != "cpu":
         return _DEVICE_BLOCK
     _keep_freed_memory()
