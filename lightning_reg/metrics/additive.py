@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -224,7 +225,7 @@ class AdditiveMetric(Metric):
 
 def evaluate(metric: AdditiveMetric, *batch: Any) -> Any:
     """The value of one batch, of this process alone: what the functional twins return."""
-    metric = metric.to(next(part.device for part in batch if isinstance(part, Tensor)))
+    metric = metric.to(next(p.device for p in tree_leaves(batch) if isinstance(p, Tensor)))
     metric.update(*batch)
     metric.warn_of_invalid()
     return metric.value()

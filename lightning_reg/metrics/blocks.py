@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from lightning_reg.metrics.inputs import _block_size
+from lightning_reg.metrics.inputs import block_size
 
 
 def split_alike(
@@ -24,7 +24,7 @@ def split_alike(
             more on other devices, by default.
     """
     if limit is None:
-        limit = _block_size(tensors[0])
+        limit = block_size(tensors[0])
     sizes = tensors[0].shape[:positions]
     if tensors[0].numel() <= limit or max(sizes, default=1) == 1:
         yield list(tensors)

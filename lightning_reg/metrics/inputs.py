@@ -93,7 +93,7 @@ def read_blocks(
         block: scores in a block on the CPU.
     """
     check_shapes(owner, preds, target, task)
-    for rows, targets in _pieces(preds.detach(), target, task, _block_size(preds, block)):
+    for rows, targets in _pieces(preds.detach(), target, task, block_size(preds, block)):
         yield _clean(owner, rows, targets, task, from_logits, ignore_index, validate)
 
 
@@ -250,7 +250,7 @@ def _maxima_of_parts(scores: Tensor) -> Tensor:
     if classes < 4 * _PART or scores.stride(1) != 1:
         return scores.amax(1, keepdim=True)
     whole = classes // _PART * _PART
-    maxima = scores[:, :whole].unflatten(1, (-1, _PART)).amax(2)
+    maxima: Tensor = scores[:, :whole].unflatten(1, (-1, _PART)).amax(2)
     if whole < classes:
         maxima = torch.cat([maxima, scores[:, whole:].amax(1, keepdim=True)], 1)
     return maxima
@@ -266,7 +266,8 @@ def _over_classes(function: Any, scores: Tensor) -> Tensor:
     return transposed.t()
 
 
-def _block_size(preds: Tensor, block: int) -> int:
+def block_size(preds: Tensor, block: int = BLOCK) -> int:
+    """Scores in a block: what the processor's cores have room for; more on other devices."""
     if preds.device.type != "cpu":
         return _DEVICE_BLOCK
     _keep_freed_memory()
