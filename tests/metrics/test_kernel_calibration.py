@@ -86,9 +86,9 @@ def test_density_of_the_authors():
 
 def test_a_far_prediction_takes_the_accuracy_of_the_nearest():
     """In logarithms: the density there is far below the least float64."""
-    confidence, correct = np.array([0.1, 0.5, 0.55]), np.array([1, 0, 0])
+    confidence, correct = np.array([0.1, 0.5, 0.55]), np.array([0, 1, 1])
     found = binary(kernel_density_calibration_error, confidence, correct, bandwidth=1e-5)
-    assert found == pytest.approx((0.1 + 0.5 + 0.55) / 3, abs=1e-9)
+    assert found == pytest.approx((0.9 + 0.5 + 0.45) / 3, abs=1e-9)
 
 
 def test_one_prediction_has_no_other_to_learn_from():
