@@ -181,6 +181,17 @@ def test_the_weights_of_multihead_attention_are_taken_from_its_tuple():
     assert float(logged) == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_several_layers_count_as_their_mean():
+    logged = []
+    for layers in ("mha", ["mha", "mha"]):
+        technique = AttentionEntropyMaximization(
+            0.0001, layers=layers, from_logits=False, element=1
+        )
+        _, trainer, _ = fit_transformer(technique)
+        logged.append(float(trainer.callback_metrics["reg/attention_entropy_maximization"]))
+    assert logged[0] == pytest.approx(logged[1], abs=1e-6)
+
+
 def test_an_element_that_is_not_there_names_the_cure():
     technique = AttentionEntropyMaximization(0.1, layers="mha", from_logits=False, element=5)
     with pytest.raises(MissingSignalError, match="element=1"):
