@@ -1,4 +1,4 @@
-"""None"""
+"""Tracked quantities as torchmetrics, with functional twins."""
 
 from lightning_reg.metrics.attention_entropy import (
     AttentionEntropy,

@@ -244,9 +244,9 @@ class BitsPerByte(SequenceMetric):
                 cure="metric.update(logits, tokens, byte_counts)",
             )
         if given is None:
-            return torch.tensor(
-                [self._bytes_of(t[c]) for t, c in zip(target, counted, strict=True)]
-            )
+            texts = zip(target, counted, strict=True)
+            sizes = [self._bytes_of(tokens[use]) for tokens, use in texts]
+            return torch.tensor(sizes, dtype=torch.int64, device=target.device)
         whole = not given.is_floating_point() and given.shape == target.shape[:1]
         if not whole or (self.validate_args and bool((given < 0).any())):
             raise ArgumentError(
@@ -255,7 +255,7 @@ class BitsPerByte(SequenceMetric):
                 f"{tuple(given.shape)}",
                 cure="torch.tensor([len(text.encode()) for text in texts])",
             )
-        return given
+        return given.to(target.device)
 
     def _bytes_of(self, tokens: Tensor) -> int:
         assert self.decode is not None

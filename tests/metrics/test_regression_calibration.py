@@ -68,6 +68,14 @@ def test_a_bin_differs_from_equal_mass_by_less_than_a_fine_bin():
     assert (metric.bins().variance.diff() > 0).all()
 
 
+def test_a_heavy_value_goes_to_the_side_where_most_of_it_belongs():
+    # 2, 7 and 1 predictions of like variance: of 5 and 5 an edge after the first 2 is the nearest.
+    variance = torch.tensor([1.0] * 2 + [4.0] * 7 + [16.0]).double()
+    metric = UncertaintyCalibrationError(scale_is="variance", n_bins=2)
+    metric.update(torch.zeros(10), variance, torch.zeros(10))
+    assert metric.bins().counts.tolist() == [2, 8]
+
+
 def test_equal_variances_share_a_bin_whatever_their_order():
     target = torch.cat([torch.zeros(50), torch.ones(50)])
     for order in (target, target.flip(0)):

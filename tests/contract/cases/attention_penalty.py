@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from lightning_reg.techniques.attention.attention_entropy_maximization import (
+from lightning_reg.techniques.features.attention_entropy_maximization import (
     attention_entropy_maximization,
 )
-from lightning_reg.techniques.attention.attention_entropy_regularization import (
+from lightning_reg.techniques.features.attention_entropy_regularization import (
     attention_entropy_regularization,
 )
 from lightning_reg.testing import ContractCase

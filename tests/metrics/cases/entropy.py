@@ -39,7 +39,10 @@ def _classes(soft=False, **args):
             bad=((TOKENS,),),
         ),
     ]
-    return [*cases, MetricCase(args=usual, data=(LOGITS, SOFT))] if soft else cases
+    if not soft:
+        return cases
+    last = MetricCase(args={**usual, "class_dim": -1}, data=(TOKENS, SOFT.view(60, 1, 5)))
+    return [*cases, MetricCase(args=usual, data=(LOGITS, SOFT)), last]
 
 
 _MEMBERS = [

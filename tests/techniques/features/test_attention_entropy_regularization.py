@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from lightning_reg.techniques.attention.attention_entropy_regularization import (
+from lightning_reg.techniques.features.attention_entropy_regularization import (
     AttentionEntropyRegularization,
     attention_entropy_regularization,
 )
-from tests.techniques.attention.test_attention_entropy_maximization import fit_transformer, fixed
+from tests.techniques.features.test_attention_entropy_maximization import fit_transformer, fixed
 
 
 def test_value_and_gradient_are_those_of_the_official_code():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg.engine import ArgumentError, MissingSignalError
-from lightning_reg.techniques.attention.attention_entropy_maximization import (
+from lightning_reg.techniques.features.attention_entropy_maximization import (
     AttentionEntropyMaximization,
     attention_entropy_maximization,
 )
@@ -176,9 +176,20 @@ def test_the_weights_of_multihead_attention_are_taken_from_its_tuple():
     _, trainer, x = fit_transformer(technique)
     fresh = Transformer()
     _, weights = fresh.mha(x, x, x, average_attn_weights=False)
-    expected = (weights * weights.log()).sum(-1).mean()
+    expected = (weights * weights.log()).sum(-1).mean().detach()
     logged = trainer.callback_metrics["reg/attention_entropy_maximization"]
     assert float(logged) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_several_layers_count_as_their_mean():
+    logged = []
+    for layers in ("mha", ["mha", "mha"]):
+        technique = AttentionEntropyMaximization(
+            0.0001, layers=layers, from_logits=False, element=1
+        )
+        _, trainer, _ = fit_transformer(technique)
+        logged.append(float(trainer.callback_metrics["reg/attention_entropy_maximization"]))
+    assert logged[0] == pytest.approx(logged[1], abs=1e-6)
 
 
 def test_an_element_that_is_not_there_names_the_cure():

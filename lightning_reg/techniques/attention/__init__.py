@@ -1,1 +1,0 @@
-"""Techniques on the weights of attention."""
