@@ -16,6 +16,7 @@ from lightning_reg.monitors import CalibrationMonitor, PostHocCalibration
 from lightning_reg.monitors.calibration_drawings import (
     classwise_drawing,
     reliability_drawing,
+    strength_drawing,
 )
 from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
 
@@ -222,6 +223,17 @@ def test_an_empty_diagram_is_drawn():
     found = reliability_drawing(bins, band=accuracy_band(bins), title="nothing")
     assert "n = 0" in texts(found.figure)
     pixels(found.figure)
+
+
+def test_of_many_techniques_those_that_moved_most_are_shown():
+    history = [
+        {"epoch": e, "step": e, "ece": 0.1, **{f"strength/t{k}": 1.0 + k * e for k in range(7)}}
+        for e in range(3)
+    ]
+    found = strength_drawing(history, "strength/", "val")
+    assert list(found.numbers) == ["t2", "t3", "t4", "t5", "t6"]
+    assert found.numbers["t3"]["strength"] == [1.0, 4.0, 7.0]
+    assert "the 5 of 7 techniques" in texts(found.figure)
 
 
 def test_several_dataloaders_have_their_own_figures(tmp_path):
