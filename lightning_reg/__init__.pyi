@@ -1,7 +1,5 @@
 # Written by `python -m lightning_reg._stubs`; a test keeps it current.
 from lightning_reg.calibrators.beta import BetaCalibration as BetaCalibration
-from lightning_reg.calibrators.calibrator import Calibrator as Calibrator
-from lightning_reg.calibrators.calibrator import GatheredCalibrator as GatheredCalibrator
 from lightning_reg.calibrators.correctness_aware import CorrectnessAwareCalibration as CorrectnessAwareCalibration
 from lightning_reg.calibrators.dirichlet import DirichletCalibration as DirichletCalibration
 from lightning_reg.calibrators.histogram import HistogramBinning as HistogramBinning
@@ -98,7 +96,9 @@ from lightning_reg.metrics.selective import AURC as AURC
 from lightning_reg.metrics.selective import ExcessAURC as ExcessAURC
 from lightning_reg.metrics.smooth_calibration import SmoothCalibrationError as SmoothCalibrationError
 from lightning_reg.metrics.squared_kernel import SquaredKernelCalibrationError as SquaredKernelCalibrationError
+from lightning_reg.metrics.uncertainty import CalibrationUncertainty as CalibrationUncertainty
 from lightning_reg.monitors.calibration import CalibrationMonitor as CalibrationMonitor
+from lightning_reg.monitors.entropy import EntropyMonitor as EntropyMonitor
 from lightning_reg.monitors.monitor import Monitor as Monitor
 from lightning_reg.monitors.overfit import OverfitMonitor as OverfitMonitor
 from lightning_reg.monitors.post_hoc_calibration import PostHocCalibration as PostHocCalibration
@@ -109,6 +109,9 @@ from lightning_reg.techniques.adaptation.eata import EATA as EATA
 from lightning_reg.techniques.adaptation.tent import Tent as Tent
 from lightning_reg.techniques.attention.attention_entropy_maximization import AttentionEntropyMaximization as AttentionEntropyMaximization
 from lightning_reg.techniques.attention.attention_entropy_regularization import AttentionEntropyRegularization as AttentionEntropyRegularization
+from lightning_reg.techniques.averaging.ema import EMA as EMA
+from lightning_reg.techniques.averaging.model_soup import ModelSoup as ModelSoup
+from lightning_reg.techniques.averaging.swa import SWA as SWA
 from lightning_reg.techniques.continual.previous_task_anchor import PreviousTaskAnchor as PreviousTaskAnchor
 from lightning_reg.techniques.continual.previous_task_distillation import PreviousTaskDistillation as PreviousTaskDistillation
 from lightning_reg.techniques.contrastive.decoupled_contrastive import DecoupledContrastive as DecoupledContrastive
@@ -120,18 +123,27 @@ from lightning_reg.techniques.distillation.hinton_distillation import HintonDist
 from lightning_reg.techniques.distillation.plackett_luce_distillation import PlackettLuceDistillation as PlackettLuceDistillation
 from lightning_reg.techniques.distillation.progressive_self_distillation import ProgressiveSelfDistillation as ProgressiveSelfDistillation
 from lightning_reg.techniques.distillation.random_teacher_distillation import RandomTeacherDistillation as RandomTeacherDistillation
+from lightning_reg.techniques.features.discrete_infomax import DiscreteInfomax as DiscreteInfomax
 from lightning_reg.techniques.features.von_neumann_entropy import VonNeumannEntropy as VonNeumannEntropy
+from lightning_reg.techniques.fields.h1_seminorm_loss import H1SeminormLoss as H1SeminormLoss
+from lightning_reg.techniques.fields.sobolev_norm_loss import SobolevNormLoss as SobolevNormLoss
+from lightning_reg.techniques.generative.dragan_penalty import DraganPenalty as DraganPenalty
 from lightning_reg.techniques.generative.r1_penalty import R1Penalty as R1Penalty
+from lightning_reg.techniques.generative.r2_penalty import R2Penalty as R2Penalty
 from lightning_reg.techniques.generative.wasserstein_gradient_penalty import WassersteinGradientPenalty as WassersteinGradientPenalty
 from lightning_reg.techniques.gradients.aaer import AAER as AAER
 from lightning_reg.techniques.gradients.adaptive_gradient_clipping import AdaptiveGradientClipping as AdaptiveGradientClipping
 from lightning_reg.techniques.gradients.adversarial_training import AdversarialTraining as AdversarialTraining
+from lightning_reg.techniques.gradients.cdep import CDEP as CDEP
 from lightning_reg.techniques.gradients.elle import ELLE as ELLE
+from lightning_reg.techniques.gradients.fisher_information_penalty import FisherInformationPenalty as FisherInformationPenalty
 from lightning_reg.techniques.gradients.gradient_centralization import GradientCentralization as GradientCentralization
 from lightning_reg.techniques.gradients.gradient_noise import GradientNoise as GradientNoise
 from lightning_reg.techniques.gradients.jacobian_penalty import JacobianPenalty as JacobianPenalty
 from lightning_reg.techniques.gradients.ortho_grad import OrthoGrad as OrthoGrad
 from lightning_reg.techniques.gradients.reconstruction_contraction import ReconstructionContraction as ReconstructionContraction
+from lightning_reg.techniques.gradients.right_for_right_reasons import RightForRightReasons as RightForRightReasons
+from lightning_reg.techniques.gradients.truncated_model_step import TruncatedModelStep as TruncatedModelStep
 from lightning_reg.techniques.inputs.cutmix import CutMix as CutMix
 from lightning_reg.techniques.inputs.cutout import Cutout as Cutout
 from lightning_reg.techniques.inputs.instance_noise import InstanceNoise as InstanceNoise
@@ -140,6 +152,8 @@ from lightning_reg.techniques.inputs.mixup import Mixup as Mixup
 from lightning_reg.techniques.inputs.zero_impute_mask import ZeroImputeMask as ZeroImputeMask
 from lightning_reg.techniques.labels.acls import ACLS as ACLS
 from lightning_reg.techniques.labels.label_smoothing import LabelSmoothing as LabelSmoothing
+from lightning_reg.techniques.language.cut_cross_entropy import CutCrossEntropyMixin as CutCrossEntropyMixin
+from lightning_reg.techniques.language.ema_reference_kl import EMAReferenceKL as EMAReferenceKL
 from lightning_reg.techniques.noise.drop_block import DropBlock as DropBlock
 from lightning_reg.techniques.noise.dropout_schedule import DropoutSchedule as DropoutSchedule
 from lightning_reg.techniques.noise.feature_noise import FeatureNoise as FeatureNoise
@@ -159,11 +173,13 @@ from lightning_reg.techniques.outputs.confidence_penalty import ConfidencePenalt
 from lightning_reg.techniques.outputs.correctness_aware_penalty import CorrectnessAwarePenalty as CorrectnessAwarePenalty
 from lightning_reg.techniques.outputs.dca import DCA as DCA
 from lightning_reg.techniques.outputs.entropy_penalty import EntropyPenalty as EntropyPenalty
+from lightning_reg.techniques.outputs.flooding import Flooding as Flooding
 from lightning_reg.techniques.outputs.focal_loss import FocalLoss as FocalLoss
 from lightning_reg.techniques.outputs.mdca import MDCA as MDCA
 from lightning_reg.techniques.outputs.mmce import MMCE as MMCE
 from lightning_reg.techniques.outputs.soft_binned_ece import SoftBinnedECE as SoftBinnedECE
 from lightning_reg.techniques.outputs.stable_max import StableMax as StableMax
+from lightning_reg.techniques.reparameterization.spectral_normalization import SpectralNormalization as SpectralNormalization
 from lightning_reg.techniques.reparameterization.weight_compander import WeightCompander as WeightCompander
 from lightning_reg.techniques.reweighting.class_balanced_loss import ClassBalancedLoss as ClassBalancedLoss
 from lightning_reg.techniques.reweighting.dynamic_loss_reweighting import DynamicLossReweighting as DynamicLossReweighting
@@ -172,6 +188,7 @@ from lightning_reg.techniques.reweighting.kl_robust_reweighting import KLRobustR
 from lightning_reg.techniques.reweighting.label_distribution_aware_margin import LabelDistributionAwareMargin as LabelDistributionAwareMargin
 from lightning_reg.techniques.reweighting.logit_adjusted_loss import LogitAdjustedLoss as LogitAdjustedLoss
 from lightning_reg.techniques.reweighting.worst_group_loss import WorstGroupLoss as WorstGroupLoss
+from lightning_reg.techniques.segmentation.prior_aware_entropy import PriorAwareEntropy as PriorAwareEntropy
 from lightning_reg.techniques.sharpness.adversarial_model_perturbation import AdversarialModelPerturbation as AdversarialModelPerturbation
 from lightning_reg.techniques.sharpness.esam import ESAM as ESAM
 from lightning_reg.techniques.sharpness.gsam import GSAM as GSAM
@@ -179,6 +196,7 @@ from lightning_reg.techniques.sharpness.look_sam import LookSAM as LookSAM
 from lightning_reg.techniques.sharpness.mesa import MESA as MESA
 from lightning_reg.techniques.sharpness.saf import SAF as SAF
 from lightning_reg.techniques.sharpness.sam import SAM as SAM
+from lightning_reg.techniques.sharpness.udim import UDIM as UDIM
 from lightning_reg.techniques.sharpness.wsam import WSAM as WSAM
 from lightning_reg.techniques.sparsity.random_sparse_mask import RandomSparseMask as RandomSparseMask
 from lightning_reg.techniques.weights.elastic_net import ElasticNet as ElasticNet
@@ -188,14 +206,18 @@ from lightning_reg.techniques.weights.l1_penalty import L1Penalty as L1Penalty
 from lightning_reg.techniques.weights.l2_penalty import L2Penalty as L2Penalty
 from lightning_reg.techniques.weights.l2_sp import L2SP as L2SP
 from lightning_reg.techniques.weights.logit_attenuating_weight_norm import LogitAttenuatingWeightNorm as LogitAttenuatingWeightNorm
+from lightning_reg.techniques.weights.low_rank_projection import LowRankProjection as LowRankProjection
 from lightning_reg.techniques.weights.max_norm import MaxNorm as MaxNorm
+from lightning_reg.techniques.weights.mini_batch_aware_l2 import MiniBatchAwareL2 as MiniBatchAwareL2
 from lightning_reg.techniques.weights.norm_loss import NormLoss as NormLoss
 from lightning_reg.techniques.weights.nuclear_norm import NuclearNorm as NuclearNorm
 from lightning_reg.techniques.weights.orthogonal_conv_regularizer import OrthogonalConvRegularizer as OrthogonalConvRegularizer
 from lightning_reg.techniques.weights.orthogonal_regularizer import OrthogonalRegularizer as OrthogonalRegularizer
 from lightning_reg.techniques.weights.parallel_path_product_penalty import ParallelPathProductPenalty as ParallelPathProductPenalty
 from lightning_reg.techniques.weights.path_norm_penalty import PathNormPenalty as PathNormPenalty
+from lightning_reg.techniques.weights.poincare_projection import PoincareProjection as PoincareProjection
 from lightning_reg.techniques.weights.spectral_regularization import SpectralRegularization as SpectralRegularization
+from lightning_reg.techniques.weights.theory_scaled_l1 import TheoryScaledL1 as TheoryScaledL1
 from lightning_reg.techniques.weights.wasserstein_init import WassersteinInit as WassersteinInit
 
 __version__: str

@@ -14,38 +14,98 @@ from timing import images, measure, ratios
 
 import lightning_reg as reg
 
-TECHNIQUES: dict[str, Callable[[], Callback]] = {
+COUNTS = [float(n) for n in range(10, 110, 10)]
+
+# Weights, gradients, sharpness, averages.
+WEIGHTS: dict[str, Callable[[], Callback]] = {
     "NormLoss": reg.NormLoss,
     "OrthogonalRegularizer": reg.OrthogonalRegularizer,
+    "OrthogonalConvRegularizer": reg.OrthogonalConvRegularizer,
+    "L1Penalty": reg.L1Penalty,
+    "L2Penalty": reg.L2Penalty,
+    "ElasticNet": reg.ElasticNet,
+    "GroupLasso": reg.GroupLasso,
+    "GroupSparseEnvelope": lambda: reg.GroupSparseEnvelope(k=64),
+    "NuclearNorm": reg.NuclearNorm,
+    "SpectralRegularization": reg.SpectralRegularization,
+    "L2SP": reg.L2SP,
+    "MaxNorm": reg.MaxNorm,
     "LogitAttenuatingWeightNorm": reg.LogitAttenuatingWeightNorm,
-    "OrthoGrad": reg.OrthoGrad,
-    "StableMax": reg.StableMax,
-    "WeightCompander": reg.WeightCompander,
-    "RandomSparseMask": reg.RandomSparseMask,
     "PreviousTaskAnchor": reg.PreviousTaskAnchor,
+    "WeightCompander": reg.WeightCompander,
+    "SpectralNormalization": reg.SpectralNormalization,
+    "RandomSparseMask": reg.RandomSparseMask,
+    "Mixout": reg.Mixout,
+    "WeightNoise": reg.WeightNoise,
+    "OrthoGrad": reg.OrthoGrad,
+    "AdaptiveGradientClipping": reg.AdaptiveGradientClipping,
+    "GradientCentralization": reg.GradientCentralization,
+    "GradientNoise": reg.GradientNoise,
     "SAM": reg.SAM,
+    "GSAM": reg.GSAM,
+    "WSAM": reg.WSAM,
+    "ESAM": reg.ESAM,
+    "LookSAM": reg.LookSAM,
+    "SAF": lambda: reg.SAF(start=0),
+    "MESA": lambda: reg.MESA(start=0),
     "AdversarialModelPerturbation": reg.AdversarialModelPerturbation,
-    "ConfidencePenalty": reg.ConfidencePenalty,
-    "EntropyPenalty": reg.EntropyPenalty,
-    "VonNeumannEntropy": lambda: reg.VonNeumannEntropy(layer="encoder"),
-    "JacobianPenalty": reg.JacobianPenalty,
+    "EMA": reg.EMA,
+}
+
+# Losses, labels, outputs, features, teachers.
+LOSSES: dict[str, Callable[[], Callback]] = {
     "LabelSmoothing": reg.LabelSmoothing,
     "ACLS": reg.ACLS,
+    "ConfidencePenalty": reg.ConfidencePenalty,
+    "EntropyPenalty": reg.EntropyPenalty,
+    "StableMax": reg.StableMax,
+    "FocalLoss": reg.FocalLoss,
+    "AdaFocal": reg.AdaFocal,
+    "MMCE": reg.MMCE,
+    "SoftBinnedECE": reg.SoftBinnedECE,
+    "MDCA": reg.MDCA,
+    "DCA": reg.DCA,
+    "Flooding": lambda: reg.Flooding(level=0.01),
+    "LDRLoss": reg.LDRLoss,
+    "ALDRLoss": reg.ALDRLoss,
+    "GeneralizedCrossEntropy": reg.GeneralizedCrossEntropy,
+    "SymmetricCrossEntropy": reg.SymmetricCrossEntropy,
+    "EarlyLearning": reg.EarlyLearning,
+    "LogitAdjustedLoss": lambda: reg.LogitAdjustedLoss(class_counts=COUNTS),
+    "ClassBalancedLoss": lambda: reg.ClassBalancedLoss(class_counts=COUNTS),
+    "LabelDistributionAwareMargin": lambda: reg.LabelDistributionAwareMargin(class_counts=COUNTS),
+    "DynamicLossReweighting": lambda: reg.DynamicLossReweighting(warmup=0),
+    "KLRobustReweighting": reg.KLRobustReweighting,
+    "VonNeumannEntropy": lambda: reg.VonNeumannEntropy(layer="encoder"),
+    "ProgressiveSelfDistillation": lambda: reg.ProgressiveSelfDistillation(epochs=4),
+    "HintonDistillation": lambda: reg.HintonDistillation(source="ema"),
+    "DecoupledDistillation": lambda: reg.DecoupledDistillation(source="ema"),
+    "PlackettLuceDistillation": lambda: reg.PlackettLuceDistillation(source="ema"),
+}
+
+# Inputs, activations, derivatives by the input.
+INPUTS: dict[str, Callable[[], Callback]] = {
     "Mixup": reg.Mixup,
     "CutMix": reg.CutMix,
     "Cutout": reg.Cutout,
-    "Mixout": reg.Mixout,
+    "InstanceNoise": reg.InstanceNoise,
+    "ZeroImputeMask": reg.ZeroImputeMask,
+    "FeatureNoise": lambda: reg.FeatureNoise(layers="encoder"),
+    "VeryLargeDropout": lambda: reg.VeryLargeDropout(layers="encoder"),
+    "DropBlock": lambda: reg.DropBlock(layers="encoder.0"),
+    "NestedDropout": lambda: reg.NestedDropout(layer="encoder"),
     "DropoutSchedule": reg.DropoutSchedule,
-    "LDRLoss": reg.LDRLoss,
-    "ALDRLoss": reg.ALDRLoss,
-    "DynamicLossReweighting": lambda: reg.DynamicLossReweighting(warmup=0),
-    "EarlyLearning": reg.EarlyLearning,
-    "ProgressiveSelfDistillation": lambda: reg.ProgressiveSelfDistillation(epochs=4),
+    "JacobianPenalty": reg.JacobianPenalty,
+    "FisherInformationPenalty": reg.FisherInformationPenalty,
+    "AdversarialTraining": reg.AdversarialTraining,
+    "AAER": reg.AAER,
+    "ELLE": reg.ELLE,
 }
 
+TECHNIQUES = {**WEIGHTS, **LOSSES, **INPUTS}
 
 # Their step includes what it costs to tell samples apart.
-INDEXED = ("ALDRLoss", "EarlyLearning", "ProgressiveSelfDistillation")
+INDEXED = ("ALDRLoss", "EarlyLearning", "ProgressiveSelfDistillation", "SAF")
 
 
 def main() -> None:

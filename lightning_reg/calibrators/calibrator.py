@@ -253,6 +253,3 @@ def one_hot(targets: Tensor, scores: Tensor) -> Tensor:
     if targets.is_floating_point():
         return targets.to(scores)
     return nn.functional.one_hot(targets, scores.shape[1]).to(scores)
-
-
-__all__ = ["Calibrator", "GatheredCalibrator"]

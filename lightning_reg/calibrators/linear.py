@@ -78,20 +78,24 @@ def fit_matrix(
     """
     classes = features.shape[1]
     scale = best_scale(owner, features, targets)
-    x = features * scale
+    # From their means: offsets and weights would otherwise trade places along narrow valleys.
+    centre = features.mean(0) * scale
+    x = features * scale - centre
     off = 1 - torch.eye(classes, dtype=x.dtype, device=x.device)
     # The weights of scaled features are W / scale.
     weight_rate = off_diagonal / (classes * (classes - 1)) * scale.square() * off
     bias_rate = bias / classes
 
     def objective(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        w, b = parameters[:-classes].view(classes, classes), parameters[-classes:]
-        value, by_output = cross_entropy(x @ w.T + b, targets)
+        w, shifted = parameters[:-classes].view(classes, classes), parameters[-classes:]
+        b = shifted - w @ centre
+        value, by_output = cross_entropy(x @ w.T + shifted, targets)
         value = value + (weight_rate * w.square()).sum() + bias_rate * b.square().sum()
-        by_w = by_output.T @ x + 2 * weight_rate * w
-        by_b = by_output.sum(0) + 2 * bias_rate * b
-        return value, torch.cat([by_w.reshape(-1), by_b])
+        by_b = 2 * bias_rate * b
+        by_w = by_output.T @ x + 2 * weight_rate * w - torch.outer(by_b, centre)
+        return value, torch.cat([by_w.reshape(-1), by_output.sum(0) + by_b])
 
-    start = torch.cat([(1 - off).reshape(-1), x.new_zeros(classes)])
+    start = torch.cat([(1 - off).reshape(-1), centre])
     found = minimize(owner, objective, start)
-    return found[:-classes].view(classes, classes) * scale, found[-classes:]
+    weight, shifted = found[:-classes].view(classes, classes), found[-classes:]
+    return weight * scale, shifted - weight @ centre

@@ -166,10 +166,20 @@ def critic_gradient(critic: Critic, points: Tensor) -> Tensor:
     return input_gradient(critic(leaf), leaf).flatten(1)
 
 
+def length_penalty(gradient: Tensor, center: float = 1.0, one_sided: bool = False) -> Tensor:
+    """``(||g|| - c)^2``, or ``max(||g|| - c, 0)^2``, of each row of ``g`` (B, D).
+
+    A gradient of exactly 0 passes none on.
+    """
+    lengths: Tensor = torch.linalg.vector_norm(gradient, dim=1)
+    excess = lengths - center
+    return (excess.clamp_min(0) if one_sided else excess).square()
+
+
 def _has_recurrent(critic: object) -> bool:
     return isinstance(critic, nn.Module) and any(
         isinstance(module, nn.RNNBase) for module in critic.modules()
     )
 
 
-__all__ = ["Critic", "CriticPenalty", "critic_gradient"]
+__all__ = ["Critic", "CriticPenalty", "critic_gradient", "length_penalty"]

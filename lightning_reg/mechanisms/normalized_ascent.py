@@ -67,7 +67,8 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
     # In half precision the norm of many gradients overflows.
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def joint_dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

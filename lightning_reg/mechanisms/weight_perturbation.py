@@ -149,6 +149,14 @@ class WeightPerturbation(Regularizer):
         """The gradient that the ascent follows; ``None`` for a weight that stays in place."""
         return _gradients(step, total, weights)
 
+    def amp_scale(self, step: RunContext) -> Tensor | None:
+        """What a loss has to be multiplied with, so that no fp16 gradient underflows."""
+        scaler = _scaler(step)
+        if scaler is None:
+            return None
+        scale: Tensor = scaler.scale(torch.ones((), device=step.device))
+        return scale
+
     def second_loss(self, step: Step) -> tuple[Tensor, Tensor]:
         """At the perturbed weights: the loss that is differentiated, and the loss of the batch."""
         loss = step.rerun()

@@ -132,6 +132,10 @@ from lightning_reg.metrics.members import (
     mutual_information,
     variation_ratio,
 )
+from lightning_reg.metrics.opis import (
+    OperatingPointInconsistency,
+    operating_point_inconsistency,
+)
 from lightning_reg.metrics.pit import (
     PITHistogram,
     pit_discrepancy,
@@ -232,6 +236,7 @@ __all__ = [
     "MaximumMeanCalibrationError",
     "MutualInformation",
     "NegativeLogLikelihood",
+    "OperatingPointInconsistency",
     "OverconfidenceError",
     "PITHistogram",
     "Perplexity",
@@ -296,6 +301,7 @@ __all__ = [
     "maximum_mean_calibration_error",
     "mutual_information",
     "negative_log_likelihood",
+    "operating_point_inconsistency",
     "overconfidence_error",
     "perplexity",
     "perturbed_cross_entropy",

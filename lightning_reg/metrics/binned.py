@@ -18,12 +18,12 @@ from lightning_reg.metrics.binning import (
 )
 from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.metrics.inputs import (
+    WIDE_BLOCK,
     AnyTask,
     Rows,
     high_precision,
     probabilities,
     probability_of,
-    top_class,
 )
 
 View = Literal["top_label", "top_k", "classwise", "positive"]
@@ -68,7 +68,7 @@ def judge(
         known = probabilities(scores, from_logits) if chances is None else chances
         return _judge_top_k(scores, known, targets, top_k)
     # Of the scores as they were given: rounding in the softmax makes no new ties.
-    top = top_class(scores)
+    top = rows.top()
     if chances is None:
         confidence = probability_of(scores, top, from_logits)
     else:
@@ -132,9 +132,9 @@ class BinnedMetric(ExactMetric):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("binary", "multiclass", "multilabel")
-    higher_is_better = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
+    higher_is_better: bool | None = False
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
     counts: Tensor
     confidence_sum: Tensor
     correct_sum: Tensor
@@ -173,6 +173,8 @@ class BinnedMetric(ExactMetric):
         if self.view == "classwise":
             self.num_classes = check_classes(self, num_classes)
             shape = (self.num_classes, self.grid.cells)
+        elif self.view != "top_k":
+            self.block_size = WIDE_BLOCK
         self.add_count("counts", *shape)
         for name in BinMoments._fields[1:]:
             self.add_total(name, *shape)

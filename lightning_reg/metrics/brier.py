@@ -66,7 +66,8 @@ def brier_of_rows(chances: Tensor, targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return (chances - high_precision(targets)).square().sum(1)
     own = chances.gather(1, targets.unsqueeze(1)).squeeze(1)
-    return torch.linalg.vecdot(chances, chances) - 2 * own + 1
+    length: Tensor = torch.linalg.vecdot(chances, chances)
+    return length - 2 * own + 1
 
 
 def brier_decomposition(

@@ -25,6 +25,7 @@ from lightning_reg.metrics.binning import (
 )
 from lightning_reg.metrics.brier import brier_of_rows
 from lightning_reg.metrics.inputs import (
+    BLOCK,
     TASKS,
     Rows,
     Task,
@@ -150,6 +151,7 @@ class CalibrationSuite(BinnedMetric):
         self.add_count("row_count")
         for name in ("hits", "nll", "brier"):
             self.add_total(name)
+        self.block_size = BLOCK
         self.num_classes = num_classes
         if num_classes is not None:
             check_classes(self, num_classes)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_reg.metrics.additive import AdditiveMetric
 from lightning_reg.metrics.inputs import (
+    BLOCK,
     TASKS,
     AnyTask,
     Rows,
@@ -34,6 +35,7 @@ class ExactMetric(AdditiveMetric):
     """
 
     tasks: ClassVar[tuple[str, ...]] = TASKS
+    block_size: int = BLOCK
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class ExactMetric(AdditiveMetric):
             from_logits=self.from_logits,
             ignore_index=self.ignore_index,
             validate=self.validate_args,
+            block=self.block_size,
         )
         for rows in blocks:
             self.invalid += rows.invalid

@@ -103,6 +103,24 @@ def fine_edges(resolution: int) -> Tensor:
     return torch.cat([low, 1 - low[: resolution - half].flip(0)])
 
 
+def cell_of(confidence: Tensor, boundaries: Tensor) -> Tensor:
+    """The number of boundaries up to each confidence, as ``torch.bucketize`` on the right.
+
+    Args:
+        confidence: (N,) in [0, 1].
+        boundaries: the :func:`fine_edges`, the first one above 0.
+    """
+    if confidence.dtype != torch.float64:
+        return torch.bucketize(confidence, boundaries, right=True)
+    # The edges are known as a formula: several times as fast as a search. Rounding of the angle
+    # moves it by far less than a cell, which the comparisons with the two next edges undo.
+    last = len(boundaries) - 1
+    guess = (confidence.sqrt().asin() * (2 * last / math.pi)).long()
+    index = guess + 1 - (confidence < boundaries[guess]).long()
+    above = confidence >= boundaries[index.clamp_max(last)]
+    return index + (above & (index <= last)).long()
+
+
 class OrderMetric(KeepingMetric):
     """Base of metrics that depend on the order of confidences.
 
@@ -197,11 +215,14 @@ class OrderMetric(KeepingMetric):
             self.keep("confidences", confidence)
             self.keep("corrects", correct)
             return
-        index = torch.bucketize(confidence, self._boundaries(confidence), right=True)
+        index = cell_of(confidence, self._boundaries(confidence))
         self.counts.index_add_(0, index, torch.ones_like(index))
-        self.confidence_sum.index_add_(0, index, confidence)
-        self.correct_sum.index_add_(0, index, correct)
-        self.joint_sum.index_add_(0, index, confidence * correct)
+        for state, values in (
+            (self.confidence_sum, confidence),
+            (self.correct_sum, correct),
+            (self.joint_sum, confidence * correct),
+        ):
+            state.index_add_(0, index, values.to(state.dtype))
 
     def cells(self) -> Cells:
         """What has been counted: by this process, or by all within ``sync_context()``."""

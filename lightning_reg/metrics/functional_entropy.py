@@ -240,7 +240,7 @@ class FunctionalEntropy(_ModalityMetric):
         >>> metric = FunctionalEntropy(num_modalities=1)
         >>> metric.update(torch.tensor([[[1.0], [3.0]]]), torch.zeros(1, 2, 1))
         >>> metric.compute()
-        tensor([0.2616], dtype=torch.float64)
+        tensor(0.2616, dtype=torch.float64)
     """
 
     function = staticmethod(functional_entropy)
@@ -268,7 +268,7 @@ class FunctionalFisherInformation(_ModalityMetric):
         >>> metric = FunctionalFisherInformation(num_modalities=1)
         >>> metric.update(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0], [4.0]]]))
         >>> metric.compute()
-        tensor([2.5000], dtype=torch.float64)
+        tensor(2.5000, dtype=torch.float64)
     """
 
     function = staticmethod(functional_fisher_information)

@@ -152,7 +152,9 @@ class HessianTopEigenvalue(Metric):
         check_lanczos(k, which, iterations, tolerance)
         self.k, self.which, self.iterations = k, which, iterations
         self.tolerance, self.seed = tolerance, seed
-        self._forget()
+        self._losses: list[Callable[[], Tensor]] = []
+        self._weights: list[float] = []
+        self._learned: list[Tensor] = []
 
     def update(
         self, loss: Callable[[], Tensor], parameters: Sequence[Tensor], weight: float = 1.0
@@ -169,11 +171,11 @@ class HessianTopEigenvalue(Metric):
             raise ArgumentError(
                 self, "needs a function, to compute the loss again", cure="lambda: loss_of(batch)"
             )
-        if self._parameters and list(map(id, parameters)) != list(map(id, self._parameters)):
+        if self._learned and list(map(id, parameters)) != list(map(id, self._learned)):
             raise ArgumentError(
                 self, "the parameters are not those of the batch before", cure="metric.reset()"
             )
-        self._parameters = parameters
+        self._learned = parameters
         self._losses.append(loss)
         self._weights.append(float(weight))
 
@@ -182,7 +184,7 @@ class HessianTopEigenvalue(Metric):
         if not self._losses:
             return torch.full((self.k,) if self.k > 1 else (), float("nan"), dtype=torch.float64)
         product = HessianProduct(
-            self._losses, self._parameters, weights=self._weights, comm=_all_ranks()
+            self._losses, self._learned, weights=self._weights, comm=_all_ranks()
         )
         values = top_of(
             product, self.k, self.which, self.iterations, self.tolerance, self.seed
@@ -192,16 +194,11 @@ class HessianTopEigenvalue(Metric):
     def reset(self) -> None:
         """Drop the batches."""
         super().reset()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._losses: list[Callable[[], Tensor]] = []
-        self._weights: list[float] = []
-        self._parameters: list[Tensor] = []
+        self._losses, self._weights, self._learned = [], [], []
 
     def __getstate__(self) -> dict[str, Any]:
         # Batches and a network's parameters are no part of a copy.
-        fresh: dict[str, Any] = {"_losses": [], "_weights": [], "_parameters": []}
+        fresh: dict[str, Any] = {"_losses": [], "_weights": [], "_learned": []}
         return {**super().__getstate__(), **fresh}
 
 

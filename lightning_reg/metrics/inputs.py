@@ -17,10 +17,14 @@ AnyTask = Literal["binary", "multiclass", "multilabel"]
 LEFT_OUT = -1
 """What a multilabel target that is not to count is read as."""
 
-_BLOCK = 2**19
+BLOCK = 2**18
+"""Scores in a block that is worked on in float64: 2 MiB."""
+WIDE_BLOCK = 2**22
+"""Scores in a block of which only a few numbers for each row are worked on in float64."""
 _DEVICE_BLOCK = 2**25
+_CHUNK_OF_LOGS = 2**17
 _NARROW = 32
-_CHUNK = 64
+_PART = 64
 
 
 class Rows(NamedTuple):
@@ -30,11 +34,17 @@ class Rows(NamedTuple):
         scores: (N, C) logits or probabilities; (N,) for a binary task.
         targets: (N,) class indices, or floats of the shape of ``scores``; ``None`` without.
         invalid: the number of rows that were left out for a score or target of NaN or infinity.
+        maxima: the largest scores of each part of long rows, if they are known.
     """
 
     scores: Tensor
     targets: Tensor | None
     invalid: Tensor
+    maxima: Tensor | None = None
+
+    def top(self) -> Tensor:
+        """The index (N,) of the largest score of each row; the first one among equals."""
+        return top_class(self.scores, self.maxima)
 
 
 def read_rows(
@@ -62,6 +72,7 @@ def read_blocks(
     from_logits: bool,
     ignore_index: int | None,
     validate: bool,
+    block: int = BLOCK,
 ) -> Iterator[Rows]:
     """Check predictions and targets, lay them out as rows, and drop what does not count.
 
@@ -79,9 +90,10 @@ def read_blocks(
         ignore_index: positions with this class index are left out; of a multilabel target,
             entries with this number become :data:`LEFT_OUT`.
         validate: check values too, which costs a host sync.
+        block: scores in a block on the CPU.
     """
     check_shapes(owner, preds, target, task)
-    for rows, targets in _pieces(preds.detach(), target, task, _block_size(preds)):
+    for rows, targets in _pieces(preds.detach(), target, task, _block_size(preds, block)):
         yield _clean(owner, rows, targets, task, from_logits, ignore_index, validate)
 
 
@@ -192,26 +204,56 @@ def log_probabilities(scores: Tensor, from_logits: bool) -> Tensor:
 
 def probability_of(scores: Tensor, index: Tensor, from_logits: bool) -> Tensor:
     """The probability (N,) of one class of each row (N, C), in high precision."""
+    if not from_logits:
+        return high_precision(scores.gather(1, index.unsqueeze(1))).squeeze(1)
+    return log_probability_of(scores, index, from_logits).exp()
+
+
+def log_probability_of(scores: Tensor, index: Tensor, from_logits: bool) -> Tensor:
+    """The log-probability (N,) of one class of each row (N, C), in high precision."""
     index = index.unsqueeze(1)
     if not from_logits:
-        return high_precision(scores.gather(1, index)).squeeze(1)
-    return _over_classes(torch.log_softmax, scores).gather(1, index).exp().squeeze(1)
+        return high_precision(scores.gather(1, index)).log().squeeze(1)
+    if scores.device.type != "cpu":
+        return _over_classes(torch.log_softmax, scores).gather(1, index).squeeze(1)
+    # Chunks that stay in the cache nearest to the processor.
+    rows = max(1, _CHUNK_OF_LOGS * torch.get_num_threads() // scores.shape[1])
+    parts = [
+        _over_classes(torch.log_softmax, chunk).gather(1, own)
+        for chunk, own in zip(scores.split(rows), index.split(rows), strict=True)
+    ]
+    return torch.cat(parts).squeeze(1)
 
 
-def top_class(scores: Tensor) -> Tensor:
-    """The index (N,) of the largest score (N, C) of each row; the first one among equals."""
-    classes = scores.shape[1]
-    if classes < 4 * _CHUNK or scores.stride(1) != 1:
+def top_class(scores: Tensor, maxima: Tensor | None = None) -> Tensor:
+    """The index (N,) of the largest score (N, C) of each row; the first one among equals.
+
+    Args:
+        scores: logits or probabilities.
+        maxima: the maxima of their parts, if they are known.
+    """
+    maxima = _maxima_of_parts(scores) if maxima is None else maxima
+    if maxima.shape[1] == 1:
         return scores.max(1).indices
     # A maximum without its index is found several times as fast: first in which part of the row
     # it lies, then where in that part.
-    whole = classes // _CHUNK * _CHUNK
-    maxima = scores[:, :whole].unflatten(1, (-1, _CHUNK)).amax(2)
+    classes = scores.shape[1]
+    start = (maxima.max(1).indices * _PART).clamp_max(classes - _PART).unsqueeze(1)
+    part = scores.gather(1, start + torch.arange(_PART, device=scores.device))
+    within: Tensor = part.max(1).indices
+    return start.squeeze(1) + within
+
+
+def _maxima_of_parts(scores: Tensor) -> Tensor:
+    """The largest score of each part of a row (N, parts); short rows are one part."""
+    classes = scores.shape[1]
+    if classes < 4 * _PART or scores.stride(1) != 1:
+        return scores.amax(1, keepdim=True)
+    whole = classes // _PART * _PART
+    maxima = scores[:, :whole].unflatten(1, (-1, _PART)).amax(2)
     if whole < classes:
         maxima = torch.cat([maxima, scores[:, whole:].amax(1, keepdim=True)], 1)
-    start = (maxima.max(1).indices * _CHUNK).clamp_max(classes - _CHUNK).unsqueeze(1)
-    part = scores.gather(1, start + torch.arange(_CHUNK, device=scores.device))
-    return start.squeeze(1) + part.max(1).indices
+    return maxima
 
 
 def _over_classes(function: Any, scores: Tensor) -> Tensor:
@@ -224,11 +266,11 @@ def _over_classes(function: Any, scores: Tensor) -> Tensor:
     return transposed.t()
 
 
-def _block_size(preds: Tensor) -> int:
+def _block_size(preds: Tensor, block: int) -> int:
     if preds.device.type != "cpu":
         return _DEVICE_BLOCK
     _keep_freed_memory()
-    return _BLOCK * torch.get_num_threads()
+    return block * torch.get_num_threads()
 
 
 @lru_cache(maxsize=1)
@@ -295,30 +337,30 @@ def _clean(
             targets = targets.masked_fill(targets == ignore_index, LEFT_OUT)
         elif hard and ignore_index is not None:
             scores, targets = _select(targets != ignore_index, scores, targets)
-    finite = _finite_scores(scores, task)
+    maxima = _maxima_of_parts(scores) if task == "multiclass" else None
+    finite = _finite_scores(scores, maxima)
     if targets is not None and targets.is_floating_point():
         finite &= _finite_targets(targets)
     invalid = (~finite).sum()
-    scores, targets = _select(finite, scores, targets)
+    scores, targets, maxima = _select(finite, scores, targets, maxima)
     if validate and len(scores):
         if not from_logits:
             check_probabilities(owner, scores, task)
         if targets is not None:
             _check_targets(owner, scores, targets, task, ignore_index)
-    return Rows(scores, targets, invalid)
+    return Rows(scores, targets, invalid, maxima)
 
 
-def _select(keep: Tensor, scores: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _select(keep: Tensor, *rows: Any) -> tuple[Any, ...]:
     if bool(keep.all()):  # the usual case needs no copy
-        return scores, targets
-    return scores[keep], None if targets is None else targets[keep]
+        return rows
+    return tuple(None if part is None else part[keep] for part in rows)
 
 
-def _finite_scores(scores: Tensor, task: AnyTask) -> Tensor:
-    if task == "multilabel":
-        return torch.isfinite(scores).all(1)
-    # A single class at minus infinity is one that was masked out: its probability is 0.
-    return torch.isfinite(scores if scores.ndim == 1 else scores.amax(1))
+def _finite_scores(scores: Tensor, maxima: Tensor | None) -> Tensor:
+    # Of several classes one at minus infinity was masked out: its probability is 0.
+    finite = torch.isfinite(scores if maxima is None else maxima.amax(1))
+    return finite if finite.ndim == 1 else finite.all(1)
 
 
 def _finite_targets(targets: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_reg.metrics.inputs import (
     Task,
     high_precision,
     log_probabilities,
+    log_probability_of,
     top_class,
 )
 
@@ -100,6 +101,8 @@ def expected_accuracy(
 
 def nll_of_rows(scores: Tensor, targets: Tensor, from_logits: bool) -> Tensor:
     """The negative log-likelihood of each row (N,)."""
+    if scores.ndim == 2 and not targets.is_floating_point():
+        return -log_probability_of(scores, targets, from_logits)
     logs = log_probabilities(scores, from_logits)
     if not targets.is_floating_point():
         return -logs.gather(1, targets.unsqueeze(1)).squeeze(1)

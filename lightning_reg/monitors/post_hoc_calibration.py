@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,7 +21,7 @@ from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.metrics.likelihood import ExpectedAccuracy, NegativeLogLikelihood
 from lightning_reg.monitors.calibrated_predictions import CalibratedPredictions
 from lightning_reg.monitors.held_out import Rows, join, rows_of
-from lightning_reg.monitors.monitor import STAGES, Monitor, Stage
+from lightning_reg.monitors.monitor import Monitor
 
 __all__ = ["PostHocCalibration"]
 
@@ -53,7 +53,6 @@ class PostHocCalibration(Monitor):
         dataloader_idx: which of several validation dataloaders is fitted on.
         n_bins: of the calibration error.
         apply_in_predict: whether predictions come out calibrated.
-        stages: where values are logged: ``"val"``, ``"test"`` or both.
         suffix: ends the names of calibrated values; two callbacks need two suffixes.
         signals: where ``logits`` and ``targets`` (and, with a dataloader, ``inputs``) are.
 
@@ -92,11 +91,10 @@ class PostHocCalibration(Monitor):
         dataloader_idx: int = 0,
         n_bins: int = 15,
         apply_in_predict: bool = True,
-        stages: Sequence[Stage] = STAGES,
         suffix: str = "calibrated",
         signals: Signals | None = None,
     ) -> None:
-        super().__init__(stages=stages, figures=False, signals=signals)
+        super().__init__(figures=False, signals=signals)
         self._check_arguments(calibrator, fit_on, dataloader_idx, suffix)
         self.calibrator = TemperatureScaling() if calibrator is None else calibrator
         self.fit_on = fit_on
@@ -149,8 +147,7 @@ class PostHocCalibration(Monitor):
         self._keeps = fits and self.dataloader is None
         if fits and self.dataloader is not None:
             self._fit(trainer, self._pass(trainer, pl_module, self.dataloader))
-        if "val" in self.stages or self._keeps:
-            self._start(trainer, pl_module, "val")
+        super().on_validation_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fit, and log."""
@@ -162,14 +159,12 @@ class PostHocCalibration(Monitor):
                 for rows in self._kept.get(index, []):
                     self._update_calibrated(metrics, rows)
         self._kept = {}
-        if "val" in self.stages:
-            super().on_validation_epoch_end(trainer, pl_module)
+        super().on_validation_epoch_end(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to watch."""
         self._keeps = False
-        if "test" in self.stages:
-            super().on_test_start(trainer, pl_module)
+        super().on_test_start(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fit on the trained model, if that is when."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 
 from lightning_reg.engine import ArgumentError
@@ -11,7 +12,7 @@ from lightning_reg.metrics import (
     equal_mass_calibration_error,
     sweep_calibration_error,
 )
-from lightning_reg.metrics.fine_histogram import cells_of_samples
+from lightning_reg.metrics.fine_histogram import Cells, cells_of_samples
 from lightning_reg.metrics.mass_bins import sweep
 from tests.metrics.order_data import CONFIDENCE, CORRECT, TIED, adversarial, binary, filled
 
@@ -106,8 +107,6 @@ def test_a_calibrated_model_has_less_debiased_error():
 
 
 def test_the_sweep_ends_before_accuracy_falls():
-    import torch
-
     cells = cells_of_samples(torch.tensor(CONFIDENCE), torch.tensor(CORRECT).double())
     assert sweep(cells, 4096)[0] == 6
     assert sweep(cells, 4)[0] == 4
@@ -126,6 +125,17 @@ def test_a_sweep_that_the_cells_cannot_decide_has_no_bound():
     confidence, correct = adversarial()["one cell, wrong before right"]
     metric = SweepCalibrationError(from_logits=False, task="binary", resolution=8)
     assert float(filled(metric, confidence, correct).error_bound()) == float("inf")
+
+
+def test_a_fall_that_an_order_within_the_cells_could_undo_is_not_certain():
+    """Two cells of 3 and 5 predictions; two bins cut the second one after 1 of its 5."""
+    lower, upper = torch.tensor([[0.1, 0.6], [0.5, 0.9]], dtype=torch.float64)
+    counts = torch.tensor([3, 5])
+    for correct, certain in (([3.0, 2.0], True), ([2.0, 3.0], False)):
+        correct = torch.tensor(correct, dtype=torch.float64)
+        confidence = counts * (lower + upper) / 2
+        cells = Cells(counts, confidence, correct, correct * 0.3, lower, upper)
+        assert sweep(cells, 100) == (1, certain)
 
 
 def test_bins_are_drawn_from_the_state():

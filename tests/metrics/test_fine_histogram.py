@@ -19,8 +19,8 @@ from lightning_reg.metrics import (
     SmoothCalibrationError,
     SweepCalibrationError,
 )
-from lightning_reg.metrics.fine_histogram import fine_edges
-from tests.metrics.order_data import CONFIDENCE, CORRECT, adversarial, filled
+from lightning_reg.metrics.fine_histogram import cell_of, fine_edges
+from tests.metrics.order_data import CONFIDENCE, CORRECT, TIED, adversarial, filled
 
 ADVERSARIAL = adversarial()
 METRICS = {
@@ -53,6 +53,22 @@ def test_edges_are_symmetric_and_equal_in_angle(resolution):
     np.testing.assert_allclose(edges, 1 - edges[::-1], atol=1e-15)
     angles = np.arcsin(np.sqrt(edges))
     np.testing.assert_allclose(np.diff(angles), np.pi / (2 * resolution), atol=3e-8)
+
+
+@pytest.mark.parametrize("resolution", [2, 7, 2**15])
+def test_cells_are_found_by_formula_as_by_search(resolution):
+    edges = fine_edges(resolution)
+    edges[0] = 1e-300
+    up = torch.nextafter(edges, torch.ones_like(edges))
+    down = torch.nextafter(edges, torch.zeros_like(edges))
+    near_one = 1 - torch.logspace(-16, 0, 500, dtype=torch.float64)
+    values = torch.cat([edges, up, down, near_one, torch.logspace(-320, 0, 500).double()])
+    values = values.clamp(0, 1)
+    assert torch.equal(cell_of(values, edges), torch.bucketize(values, edges, right=True))
+    assert torch.equal(
+        cell_of(values.float(), edges.float()),
+        torch.bucketize(values.float(), edges.float(), right=True),
+    )
 
 
 def test_zero_and_one_have_cells_of_their_own():
@@ -163,6 +179,22 @@ def test_more_samples_than_float32_can_count():
     metric.update(torch.tensor([0.5]), torch.tensor([0]))
     assert int(metric.counts.sum()) == 4 * 2**23 + 1
     assert float(metric.compute()) == pytest.approx(0.25, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_sums_in_float32_where_float64_does_not_exist(name):
+    def to_a_device_without_float64(tensor):
+        if tensor.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return tensor
+
+    cls, own = METRICS[name]
+    metric = cls(from_logits=False, task="binary", **own)
+    metric._apply(to_a_device_without_float64)
+    exact = float(filled(cls(from_logits=False, task="binary", **own), TIED, CORRECT).value())
+    value = filled(metric, TIED, CORRECT).compute()
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(exact, rel=1e-4, abs=1e-5)
 
 
 def kept_on_rank(sizes):

@@ -18,7 +18,8 @@ from lightning_reg.metrics import (
     excess_aurc,
     risk_at_coverage,
 )
-from lightning_reg.metrics.ranking import harmonic_step
+from lightning_reg.metrics.fine_histogram import cells_of_samples
+from lightning_reg.metrics.ranking import Ranked, harmonic_step, risk_of_first
 from tests.metrics.order_data import CONFIDENCE, CORRECT, TIED, binary, filled, two_classes
 
 # Five predictions on three levels: 2! x 2! orders.
@@ -69,6 +70,15 @@ def test_harmonic_numbers(start, length):
     assert found == pytest.approx(expected, rel=1e-12)
 
 
+def test_errors_first_and_last_in_a_group_are_the_extremes():
+    ranked = Ranked(torch.tensor([4.0, 2.0]), torch.tensor([1.4, 2.0]))
+    first, last = ranked.sorted_within(True), ranked.sorted_within(False)
+    assert first.sizes.tolist() == [1, 1, 2, 2]
+    assert first.errors.tolist() == pytest.approx([1, 0.4, 0, 2])
+    assert last.sizes.tolist() == [2, 1, 1, 2]
+    assert last.errors.tolist() == pytest.approx([0, 0.4, 1, 2])
+
+
 def test_a_billion_samples_keep_their_digits():
     metric = filled(AURC(from_logits=False, task="binary"), [0.9, 0.6], [1, 0])
     for _ in range(29):
@@ -110,9 +120,8 @@ def test_a_share_that_is_a_whole_number_is_not_rounded_up():
 @pytest.mark.parametrize("confidence", [CONFIDENCE, TIED, np.full(200, 0.7)])
 @pytest.mark.parametrize("risk", [0.0, 0.1, 0.2, 0.25, 0.355, 0.4, 1.0])
 def test_coverage_at_risk_is_the_largest_whose_risk_is_allowed(confidence, risk):
-    of_all = [
-        binary(risk_at_coverage, confidence, CORRECT, coverage=k / 200) for k in range(1, 201)
-    ]
+    ranked = Ranked.of(cells_of_samples(torch.tensor(confidence), torch.tensor(CORRECT).double()))
+    of_all = risk_of_first(ranked, torch.arange(1.0, 201.0).double()).tolist()
     allowed = [k for k, r in enumerate(of_all, 1) if r <= risk + 1e-15]
     expected = max(allowed, default=0) / 200
     assert binary(coverage_at_risk, confidence, CORRECT, risk=risk) == pytest.approx(expected)

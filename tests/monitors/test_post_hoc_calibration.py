@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import jsonargparse
 import lightning as L
 import pytest
 import torch
@@ -372,6 +373,18 @@ def test_a_copy_works():
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ArgumentError, match="PostHocCalibration"):
         PostHocCalibration(**arguments)
+
+
+def test_a_calibrator_can_be_named_in_yaml():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--callback", type=L.Callback)
+    arguments = {"calibrator": {"class_path": "lightning_reg.VectorScaling"}, "fit_on": "fit_end"}
+    named = {"class_path": "lightning_reg.PostHocCalibration", "init_args": arguments}
+    # The newer of its two names.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    ours = instantiate(parser.parse_object({"callback": named})).callback
+    assert isinstance(ours.calibrator, VectorScaling)
+    assert ours.fit_on == "fit_end"
 
 
 def test_a_missing_validation_loader_is_an_error():

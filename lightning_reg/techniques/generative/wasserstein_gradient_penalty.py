@@ -9,30 +9,41 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import Paper, RegularizationError, Schedule
-from lightning_reg.mechanisms.critic_penalty import Critic, CriticPenalty, critic_gradient
+from lightning_reg.engine.errors import check_range
+from lightning_reg.mechanisms.critic_penalty import (
+    Critic,
+    CriticPenalty,
+    critic_gradient,
+    length_penalty,
+)
 
 __all__ = ["WassersteinGradientPenalty", "wasserstein_gradient_penalty"]
 
 
 def wasserstein_gradient_penalty(
-    critic: Critic, real: Tensor, fake: Tensor, epsilon: Tensor
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    epsilon: Tensor,
+    center: float = 1.0,
+    one_sided: bool = False,
 ) -> Tensor:
-    """``(||dD(x)/dx|| - 1)^2`` at ``x = epsilon * real + (1 - epsilon) * fake``.
+    """``(||dD(x)/dx|| - c)^2`` at ``x = epsilon * real + (1 - epsilon) * fake``.
 
     Args:
         critic: ``D``, takes (B, ...) and gives scores (B, ...), summed per sample.
         real: (B, ...).
         fake: (B, ...); nothing flows back to it.
         epsilon: (B,), in [0, 1]: one number per pair.
+        center: ``c``.
+        one_sided: count only gradients longer than ``c``.
 
     Returns:
-        (B,), with a graph to the critic's weights. Where the gradient is exactly 0 the value is
-        1 and passes no gradient.
+        (B,), with a graph to the critic's weights. A gradient of exactly 0 passes none on.
     """
     share = epsilon.to(real).view(-1, *[1] * (real.ndim - 1))
     gradient = critic_gradient(critic, share * real + (1 - share) * fake)
-    lengths: Tensor = torch.linalg.vector_norm(gradient, dim=1)
-    return (lengths - 1).square()
+    return length_penalty(gradient, center, one_sided)
 
 
 class WassersteinGradientPenalty(CriticPenalty):
@@ -46,16 +57,22 @@ class WassersteinGradientPenalty(CriticPenalty):
     ``x`` drawn uniformly on the lines between real and generated samples, one number epsilon per
     pair. The penalty has two sides: gradients below 1 are penalized too. Values are those of
     POSTECH-CVLab/PyTorch-StudioGAN (``src/utils/losses.py``); the default 10 is the paper's and
-    that repository's for this loss.
+    that repository's for this loss. ``one_sided=True`` penalizes gradients above 1 alone, as the
+    Lipschitz constraint asks (Petzka, Fischer, Lukovnicov 2018, On the regularization of
+    Wasserstein GANs, arXiv:1709.08894); ``center=0`` is the zero-centered penalty (Thanh-Tung,
+    Tran, Venkatesh 2019, Improving Generalization and Stability of Generative Adversarial Networks,
+    arXiv:1902.03984). Both are from memory of those papers.
 
     Args:
         strength: ``lambda``.
+        center: the length that gradients are held at.
+        one_sided: leave gradients alone that are shorter.
         interval: act in every ``interval``-th training batch, with ``interval`` times the
             gradient; the paper acts in all.
         name: the name in logs and checkpoints.
 
     Raises:
-        ArgumentError: if ``interval`` is not a whole number from 1.
+        ArgumentError: if ``interval`` is not a whole number from 1, or ``center`` below 0.
         RegularizationError: in the first step, if real and generated samples differ in shape.
         UnsupportedError: under automatic optimization, and for a compiled critic.
 
@@ -82,6 +99,13 @@ class WassersteinGradientPenalty(CriticPenalty):
             "2206.09479",
         ),
         Paper("Improved Training of Wasserstein GANs", "Gulrajani et al.", 2017, "1704.00028"),
+        Paper("On the regularization of Wasserstein GANs", "Petzka et al.", 2018, "1709.08894"),
+        Paper(
+            "Improving Generalization and Stability of Generative Adversarial Networks",
+            "Thanh-Tung et al.",
+            2019,
+            "1902.03984",
+        ),
     )
     needs: ClassVar[tuple[str, ...]] = ("critic", "real", "fake")
     exemptions: ClassVar[dict[str, str]] = {
@@ -93,9 +117,19 @@ class WassersteinGradientPenalty(CriticPenalty):
     )
 
     def __init__(
-        self, strength: float | Schedule = 10.0, *, interval: int = 1, name: str | None = None
+        self,
+        strength: float | Schedule = 10.0,
+        *,
+        center: float = 1.0,
+        one_sided: bool = False,
+        interval: int = 1,
+        name: str | None = None,
     ) -> None:
         super().__init__(strength, interval=interval, name=name)
+        cure = "WassersteinGradientPenalty(center=1.0)"
+        check_range(self, "center", center, 0, float("inf"), high_open=True, cure=cure)
+        self.center = center
+        self.one_sided = one_sided
 
     def values(
         self, critic: Critic, real: Tensor, fake: Tensor | None, generator: torch.Generator
@@ -110,4 +144,6 @@ class WassersteinGradientPenalty(CriticPenalty):
                 cure="self.regularize(loss, critic=self.critic, real=real, fake=fake[:len(real)])",
             )
         epsilon = torch.rand(len(real), generator=generator, device=real.device)
-        return wasserstein_gradient_penalty(critic, real, fake, epsilon)
+        return wasserstein_gradient_penalty(
+            critic, real, fake, epsilon, self.center, self.one_sided
+        )

@@ -85,6 +85,13 @@ def _exponents(
     return exponents
 
 
+def _number(text: Any) -> Any:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
+
+
 class FocalLoss(LossReplacement):
     """Gives samples that are predicted well already a smaller weight in the loss.
 
@@ -165,11 +172,11 @@ class FocalLoss(LossReplacement):
     ) -> None:
         super().__init__(strength, replaces=replaces, signals=signals, name=name)
         check_range(self, "gamma", gamma, 0, cure="FocalLoss(gamma=2.0)")
-        self._check_thresholds(gamma_below)
+        gamma_below = self._thresholds(gamma_below)
         self._check_task(task, replaces, strength)
         self._check_alpha(alpha, task)
         self.gamma = gamma
-        self.gamma_below = None if gamma_below is None else dict(gamma_below)
+        self.gamma_below = gamma_below
         self.alpha = alpha
         self.task: FocalTask = task
 
@@ -190,17 +197,20 @@ class FocalLoss(LossReplacement):
             task=self.task,
         )
 
-    def _check_thresholds(self, gamma_below: object) -> None:
+    def _thresholds(self, gamma_below: Mapping[float, float] | None) -> dict[float, float] | None:
         if gamma_below is None:
-            return
+            return None
         cure = "FocalLoss(gamma=3.0, gamma_below={0.2: 5.0})"
         if not isinstance(gamma_below, Mapping):
             raise ArgumentError(
                 self, f"`gamma_below` must be a dict, got {gamma_below!r}", cure=cure
             )
-        for threshold, gamma in gamma_below.items():
+        # A command line gives its keys as text.
+        found = {_number(threshold): gamma for threshold, gamma in gamma_below.items()}
+        for threshold, gamma in found.items():
             check_range(self, "gamma_below", threshold, 0, 1, cure=cure)
             check_range(self, "gamma_below", gamma, 0, cure=cure)
+        return found
 
     def _check_task(self, task: str, replaces: str, strength: float | Schedule) -> None:
         if task not in _TASKS:

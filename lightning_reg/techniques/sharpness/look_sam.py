@@ -194,7 +194,7 @@ class LookSAM(NormalizedAscent):
         gradients = [named[name].grad for name in names]
         scale = update.gradient_scale()
         if scale is not None:
-            gradients = torch._foreach_div(gradients, scale.to(gradients[0].device))
+            gradients = list(torch._foreach_div(gradients, scale.to(gradients[0].device)))
         first = [clean[named[name]] for name in names]
         new = look_sam_direction(first, gradients, per_tensor=self.per_tensor)
         # Without a host sync: a step that is not finite keeps the direction from before.

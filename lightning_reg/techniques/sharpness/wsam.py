@@ -151,7 +151,7 @@ class WSAM(NormalizedAscent):
             moved = [p for p in parameters if p in moves]
             if moved:
                 scaled = torch._foreach_mul([moves[p] for p in moved], -rate * share)
-                torch._foreach_add_(moved, scaled)
+                torch._foreach_add_(moved, list(scaled))  # type: ignore[arg-type]
         self._rates = []
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning_reg.techniques.sharpness.gsam import gsam_gradient
 from lightning_reg.techniques.sharpness.look_sam import look_sam_gradient
 from lightning_reg.techniques.sharpness.mesa import mesa_divergence
 from lightning_reg.techniques.sharpness.saf import SAF, trajectory_loss
+from lightning_reg.techniques.sharpness.udim import domain_inconsistency
 from lightning_reg.techniques.sharpness.wsam import wsam_gradient
 from lightning_reg.testing import ContractCase, Probe
 from lightning_reg.testing.hosts import CLASSES, SAMPLES
@@ -82,6 +83,14 @@ def _saf(probe: Probe) -> torch.Tensor:
     return trajectory_loss(probe.logits, _table()[probe.index].to(probe.logits), 2.0).mean()
 
 
+def _inconsistency():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 2), (5, 3), (5, 2), (5, 3))
+    tensors = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+    targets = torch.tensor([0, 1, 2, 0, 1])
+    return domain_inconsistency, (*(t.requires_grad_() for t in tensors), targets)
+
+
 def _divergence(function):
     def make():
         generator = torch.Generator().manual_seed(0)
@@ -140,5 +149,19 @@ CASES = {
         # At the first step the average is the weights themselves.
         expected=_nothing,
         gradcheck=_divergence(mesa_divergence),
+    ),
+    "UDIM": ContractCase(
+        args={"rho": RHO, "layer": "encoder", "start": 0.0, "sharpness": "rank"},
+        neutral={"rho": 0.0},
+        bad=[
+            {"rho": -0.1},
+            {"weight": -1.0},
+            {"rho_x": -1.0},
+            {"start": 2.0},
+            {"normalize": "all"},
+            {"layer": ""},
+        ],
+        expected=_sam,
+        gradcheck=_inconsistency,
     ),
 }

@@ -1,8 +1,10 @@
 """Penalties on weights from papers."""
 
 import torch
+from torch import nn
 
 from lightning_reg.techniques.weights.group_sparse_envelope import group_sparse_envelope
+from lightning_reg.techniques.weights.mini_batch_aware_l2 import mini_batch_aware_l2
 from lightning_reg.techniques.weights.orthogonal_conv_regularizer import (
     orthogonal_conv_regularizer,
 )
@@ -11,8 +13,9 @@ from lightning_reg.techniques.weights.parallel_path_product_penalty import (
 )
 from lightning_reg.techniques.weights.path_norm_penalty import path_norm_penalty
 from lightning_reg.techniques.weights.spectral_regularization import spectral_regularization
+from lightning_reg.techniques.weights.theory_scaled_l1 import theory_scaled_l1
 from lightning_reg.techniques.weights.wasserstein_init import wasserstein_init
-from lightning_reg.testing import ContractCase, ImageHost
+from lightning_reg.testing import ClassifierHost, ContractCase, ImageHost
 
 NEUTRAL = {"strength": 0.0}
 NOWHERE = [{"parameters": "no_such_name"}]
@@ -35,6 +38,27 @@ def _spectral(probe):
 def _kernel():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(3, 2, 2, 2, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+class EmbeddingHost(ClassifierHost):
+    """A classifier that looks its inputs up in a table."""
+
+    def build(self, options):
+        super().build(options)
+        self.table = nn.Embedding(12, 1)
+
+    def forward(self, x):
+        return super().forward(x + self.table(_ids(x))[..., 0])
+
+
+def _ids(x):
+    return ((3 * x.detach()).nan_to_num().round().long() + 6).clamp(0, 11)
+
+
+def _of_first_batch(probe):
+    ids = _ids(probe.inputs)
+    counts = torch.bincount(ids.flatten(), minlength=12)
+    return mini_batch_aware_l2(probe.module.table.weight, ids, counts)
 
 
 CASES = {
@@ -104,5 +128,35 @@ CASES = {
             if w.requires_grad
         ),
         gradcheck=lambda: (wasserstein_init, (_matrix(), _matrix(4, 5).detach())),
+    ),
+    "MiniBatchAwareL2": ContractCase(
+        args={"strength": 20.0},
+        neutral=NEUTRAL,
+        bad=[{"strength": -1.0}],
+        bad_late=[*NOWHERE, {"parameters": "head.weight"}, {"counts": {"table.weight": [1]}}],
+        host=EmbeddingHost,
+        expected=_of_first_batch,
+        gradcheck=lambda: (
+            lambda w: mini_batch_aware_l2(
+                w, torch.tensor([1, 3, 3]), torch.tensor([1, 2, 3, 4, 5])
+            ),
+            (_matrix(),),
+        ),
+    ),
+    "TheoryScaledL1": ContractCase(
+        args={"strength": 0.2, "samples": 32, "mode": "gradient"},
+        neutral=NEUTRAL,
+        bad=[{"strength": -1.0}, {"rule": "bayes"}, {"samples": 1}, {"outputs": 0}],
+        bad_late=NOWHERE,
+        host=ImageHost,
+        expected=lambda probe: sum(
+            theory_scaled_l1(w, 32)
+            for w in (
+                probe.module.stem[0].weight,
+                probe.module.encoder[1].weight,
+                probe.module.head.weight,
+            )
+        ),
+        gradcheck=lambda: (lambda w: theory_scaled_l1(w, 20), (_matrix(),)),
     ),
 }

@@ -46,6 +46,13 @@ def test_each_row_has_the_loss_of_its_bin():
     np.testing.assert_allclose(ada_focal(LOGITS, TARGETS, EDGES, GAMMAS).numpy(), expected)
 
 
+def test_a_probability_on_an_edge_belongs_to_the_bin_above():
+    even = torch.zeros(1, 2, dtype=torch.float64)
+    edges, gammas = torch.tensor([0.5]).double(), torch.tensor([1.0, 3.0]).double()
+    found = ada_focal(even, torch.tensor([0]), edges, gammas)
+    assert float(found) == pytest.approx(0.5**3 * math.log(2))
+
+
 def test_exponents_of_one_are_the_focal_loss():
     p = LOGITS.softmax(1)[range(4), TARGETS]
     found = ada_focal(LOGITS, TARGETS, EDGES, torch.ones(3).double())

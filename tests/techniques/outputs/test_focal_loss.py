@@ -61,6 +61,12 @@ def test_the_smallest_threshold_above_a_probability_counts(thresholds):
     torch.testing.assert_close(found, -((1 - p) ** gamma) * p.log())
 
 
+def test_thresholds_may_come_as_text():
+    assert FocalLoss(gamma_below={"0.2": 5.0}).gamma_below == {0.2: 5.0}
+    with pytest.raises(ArgumentError, match="gamma_below"):
+        FocalLoss(gamma_below={"low": 5.0})
+
+
 def test_gamma_0_is_the_cross_entropy_with_weights():
     alpha = [0.2, 1.0, 3.0]
     expected = F.cross_entropy(

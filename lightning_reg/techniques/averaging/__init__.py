@@ -1,0 +1,1 @@
+"""Techniques that use an average of weights in the place of the last ones."""

@@ -1,0 +1,1 @@
+"""Losses on functions that are given on a grid."""
