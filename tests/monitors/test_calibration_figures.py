@@ -18,6 +18,7 @@ from lightning_reg.monitors.calibration_drawings import (
     reliability_drawing,
     strength_drawing,
 )
+from lightning_reg.monitors.record import Record
 from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
 
 ALL = list(CalibrationMonitor.figure_names)
@@ -153,6 +154,13 @@ def test_standalone_validation_and_the_sanity_check_leave_no_history():
     run.test(Quiet(), loader(), verbose=False)
     assert {tag: len(entries) for tag, entries in ours.history.items()} == {"val": 1}
     assert set(ours.record.states) == {"val", "test"}
+
+
+def test_a_validation_that_is_run_again_after_a_resume_stands_once_in_the_history():
+    record = Record()
+    for step, value in ((4, 0.3), (8, 0.2), (8, 0.1)):
+        record.remember("val", {"epoch": step // 4 - 1, "step": step, "ece": value})
+    assert record.curve("val", "ece") == ([0, 1], [0.3, 0.1])
 
 
 def test_every_n_epochs_counts_epochs_of_the_fit(tmp_path):
