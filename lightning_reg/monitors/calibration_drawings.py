@@ -122,6 +122,8 @@ def draw_counts(axes: Axes, bins: ReliabilityBins) -> None:
     if some and max(some) > 50 * min(some):
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.7)
+    if not some:
+        axes.set_ylim(0, 1)
     axes.set(ylabel="count", xlim=(0, 1))
 
 
@@ -271,6 +273,8 @@ def strength_drawing(history: Sequence[Entry], prefix: str, title: str = "") -> 
         _draw_path(row[1], epochs, strengths, errors, label)
     if not shown:
         note(grid[0][0], "no technique among the Trainer's callbacks")
+    if len(names) > len(shown):
+        title = f"{title}: the {len(shown)} of {len(names)} techniques that moved most".lstrip(": ")
     if title:
         figure.suptitle(title, fontsize="medium")
     return Drawing(figure, numbers)
@@ -292,7 +296,8 @@ def _draw_together(
     style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.4}
     axes.plot(epochs, strengths, color=COLORS[0], **style)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"strength of {label}", color=COLORS[0], fontsize="small")
+    axes.set_ylabel("strength", color=COLORS[0])
+    axes.set_title(label, fontsize="small")
     other = axes.twinx()
     other.plot(epochs, errors, color=COLORS[1], **style)
     other.set_ylabel("ECE", color=COLORS[1])
@@ -306,7 +311,8 @@ def _draw_path(
     axes.plot(strengths, errors, color="#bbbbbb", linewidth=1)
     dots = axes.scatter(strengths, errors, c=epochs, s=18, cmap="viridis", zorder=3)
     axes.figure.colorbar(dots, ax=axes, label="epoch")
-    axes.set_xlabel(f"strength of {label}", fontsize="small")
+    axes.set_title(label, fontsize="small")
+    axes.set_xlabel("strength")
     axes.set_ylabel("ECE")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

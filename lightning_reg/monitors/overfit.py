@@ -178,6 +178,13 @@ class OverfitMonitor(Monitor, StepWatcher):
         if self.train_data is None:
             self._watched(step)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing of an earlier fit that stopped inside an epoch counts."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            for metric in self._train.values():
+                metric.reset()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch training steps, where no pipeline shows them."""
         for metric in self._train.values():

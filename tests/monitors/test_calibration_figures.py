@@ -16,7 +16,9 @@ from lightning_reg.monitors import CalibrationMonitor, PostHocCalibration
 from lightning_reg.monitors.calibration_drawings import (
     classwise_drawing,
     reliability_drawing,
+    strength_drawing,
 )
+from lightning_reg.monitors.record import Record
 from tests.engine.simple import INPUTS, LABELS, Confidence, Host, loader, trainer
 
 ALL = list(CalibrationMonitor.figure_names)
@@ -154,6 +156,13 @@ def test_standalone_validation_and_the_sanity_check_leave_no_history():
     assert set(ours.record.states) == {"val", "test"}
 
 
+def test_a_validation_that_is_run_again_after_a_resume_stands_once_in_the_history():
+    record = Record()
+    for step, value in ((4, 0.3), (8, 0.2), (8, 0.1)):
+        record.remember("val", {"epoch": step // 4 - 1, "step": step, "ece": value})
+    assert record.curve("val", "ece") == ([0, 1], [0.3, 0.1])
+
+
 def test_every_n_epochs_counts_epochs_of_the_fit(tmp_path):
     ours = monitor(["reliability"], every_n_epochs=2)
     run = trainer([ours], max_epochs=4, default_root_dir=tmp_path)
@@ -222,6 +231,17 @@ def test_an_empty_diagram_is_drawn():
     found = reliability_drawing(bins, band=accuracy_band(bins), title="nothing")
     assert "n = 0" in texts(found.figure)
     pixels(found.figure)
+
+
+def test_of_many_techniques_those_that_moved_most_are_shown():
+    history = [
+        {"epoch": e, "step": e, "ece": 0.1, **{f"strength/t{k}": 1.0 + k * e for k in range(7)}}
+        for e in range(3)
+    ]
+    found = strength_drawing(history, "strength/", "val")
+    assert list(found.numbers) == ["t2", "t3", "t4", "t5", "t6"]
+    assert found.numbers["t3"]["strength"] == [1.0, 4.0, 7.0]
+    assert "the 5 of 7 techniques" in texts(found.figure)
 
 
 def test_several_dataloaders_have_their_own_figures(tmp_path):

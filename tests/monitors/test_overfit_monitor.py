@@ -96,6 +96,14 @@ def test_the_training_side_covers_the_steps_since_the_last_validation():
         assert found == pytest.approx(wanted, abs=1e-6)
 
 
+def test_a_fit_that_stopped_inside_an_epoch_leaves_nothing_to_the_next():
+    module, ours = Quiet(**STILL), monitor()
+    trainer([ours], max_steps=1, max_epochs=-1).fit(module, data(HELD_OUT, 8), data(HELD_OUT))
+    run = trainer([ours], max_epochs=1)
+    run.fit(module, data(TRAIN), data(HELD_OUT))
+    check(run.callback_metrics, gaps(module))
+
+
 def test_a_fixed_part_is_seen_in_evaluation_mode_with_the_weights_of_now():
     part = TensorDataset(INPUTS[5:25], LABELS[5:25])
     module, run = Quiet(dropout=0.5, batch_norm=True), trainer([monitor(train_data=part)])
