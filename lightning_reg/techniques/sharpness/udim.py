@@ -82,7 +82,8 @@ def _from_moments(sums: Tensor, classes: int, width: int) -> Tensor:
     # Each of the two lies half their difference from their mean.
     spread = (variance - variance_new).square().mean() / 4
     weight, bias = square_new[:, :-1].mean(), square_new[:, -1].mean()
-    return spread + weight + bias
+    total: Tensor = spread + weight + bias
+    return total
 
 
 class UDIM(NormalizedAscent):
@@ -236,8 +237,8 @@ class UDIM(NormalizedAscent):
         with twice_differentiable():
             extra = super().first_gradients(step, loss, weights)
         self._extra = sum_into(self._extra, extra)
-        found = [None if g is None else g.detach() for g in gradients]
-        return found if scale is None else [None if g is None else g / scale for g in found]
+        factor = 1.0 if scale is None else scale.reciprocal()
+        return [None if g is None else g.detach() * factor for g in gradients]
 
     def combine(
         self, weights: list[nn.Parameter], clean: list[Tensor], perturbed: list[Tensor]
@@ -271,7 +272,8 @@ class UDIM(NormalizedAscent):
         else:
             shape = [-1, *[1] * (slope.ndim - 1)]
             sizes = torch.linalg.vector_norm(slope.flatten(1), dim=1).view(shape)
-        return (points + self.rho_x * slope / sizes.clamp_min(_EPSILON)).detach()
+        new: Tensor = (points + self.rho_x * slope / sizes.clamp_min(_EPSILON)).detach()
+        return new
 
     def _inconsistency(self, step: Step, perturbed: Tensor) -> Tensor:
         here = self._seen(step)

@@ -156,9 +156,16 @@ def test_unperturbed_inputs_leave_the_norm_of_the_gradients():
         torch.testing.assert_close(lengths, torch.full_like(lengths, 0.9), rtol=1e-5, atol=0)
 
 
+class Shifted(UDIM):
+    """Perturbs inputs by a rule of their own, where the direction would be that of the rank."""
+
+    def _perturbed(self, step, total, gradients, points):
+        return (points + points.flip(1)).detach()
+
+
 def on_ranks():
     module = Headed()
-    technique = UDIM(0.0001, layer="features", weight=3.0, rho_x=0.0, start=0.0, sharpness="global")
+    technique = Shifted(0.1, layer="features", weight=3.0, start=0.0, sharpness="global")
     run = rank_trainer(callbacks=[technique], max_epochs=2, use_distributed_sampler=False)
     data = TensorDataset(INPUTS, LABELS)
     sampler = DistributedSampler(data, shuffle=False)
@@ -167,10 +174,10 @@ def on_ranks():
 
 
 def test_moments_are_those_of_all_ranks(ranks):
-    """Without perturbed inputs, whose direction is local, ranks equal one process."""
+    """With inputs that are perturbed alike, ranks equal one process."""
     one, other = ranks.run(on_ranks)
     assert torch.equal(one, other)
-    technique = UDIM(0.0001, layer="features", weight=3.0, rho_x=0.0, start=0.0)
+    technique = Shifted(0.1, layer="features", weight=3.0, start=0.0)
     alone, _ = fit([technique], Headed(), batch_size=16)
     torch.testing.assert_close(one, weights(alone), rtol=0, atol=1e-6)
 
