@@ -107,8 +107,6 @@ from lightning_reg.strategies.ddp_reg import RegularizedDDPStrategy as Regulariz
 from lightning_reg.strategies.guard import ReplicaError as ReplicaError
 from lightning_reg.techniques.adaptation.eata import EATA as EATA
 from lightning_reg.techniques.adaptation.tent import Tent as Tent
-from lightning_reg.techniques.attention.attention_entropy_maximization import AttentionEntropyMaximization as AttentionEntropyMaximization
-from lightning_reg.techniques.attention.attention_entropy_regularization import AttentionEntropyRegularization as AttentionEntropyRegularization
 from lightning_reg.techniques.averaging.ema import EMA as EMA
 from lightning_reg.techniques.averaging.model_soup import ModelSoup as ModelSoup
 from lightning_reg.techniques.averaging.swa import SWA as SWA
@@ -123,6 +121,8 @@ from lightning_reg.techniques.distillation.hinton_distillation import HintonDist
 from lightning_reg.techniques.distillation.plackett_luce_distillation import PlackettLuceDistillation as PlackettLuceDistillation
 from lightning_reg.techniques.distillation.progressive_self_distillation import ProgressiveSelfDistillation as ProgressiveSelfDistillation
 from lightning_reg.techniques.distillation.random_teacher_distillation import RandomTeacherDistillation as RandomTeacherDistillation
+from lightning_reg.techniques.features.attention_entropy_maximization import AttentionEntropyMaximization as AttentionEntropyMaximization
+from lightning_reg.techniques.features.attention_entropy_regularization import AttentionEntropyRegularization as AttentionEntropyRegularization
 from lightning_reg.techniques.features.discrete_infomax import DiscreteInfomax as DiscreteInfomax
 from lightning_reg.techniques.features.von_neumann_entropy import VonNeumannEntropy as VonNeumannEntropy
 from lightning_reg.techniques.fields.h1_seminorm_loss import H1SeminormLoss as H1SeminormLoss
@@ -136,9 +136,11 @@ from lightning_reg.techniques.gradients.adaptive_gradient_clipping import Adapti
 from lightning_reg.techniques.gradients.adversarial_training import AdversarialTraining as AdversarialTraining
 from lightning_reg.techniques.gradients.cdep import CDEP as CDEP
 from lightning_reg.techniques.gradients.elle import ELLE as ELLE
+from lightning_reg.techniques.gradients.finite_difference_gradient_regularizer import FiniteDifferenceGradientRegularizer as FiniteDifferenceGradientRegularizer
 from lightning_reg.techniques.gradients.fisher_information_penalty import FisherInformationPenalty as FisherInformationPenalty
 from lightning_reg.techniques.gradients.gradient_centralization import GradientCentralization as GradientCentralization
 from lightning_reg.techniques.gradients.gradient_noise import GradientNoise as GradientNoise
+from lightning_reg.techniques.gradients.gradient_norm_penalty import GradientNormPenalty as GradientNormPenalty
 from lightning_reg.techniques.gradients.jacobian_penalty import JacobianPenalty as JacobianPenalty
 from lightning_reg.techniques.gradients.ortho_grad import OrthoGrad as OrthoGrad
 from lightning_reg.techniques.gradients.reconstruction_contraction import ReconstructionContraction as ReconstructionContraction
@@ -175,6 +177,7 @@ from lightning_reg.techniques.outputs.dca import DCA as DCA
 from lightning_reg.techniques.outputs.entropy_penalty import EntropyPenalty as EntropyPenalty
 from lightning_reg.techniques.outputs.flooding import Flooding as Flooding
 from lightning_reg.techniques.outputs.focal_loss import FocalLoss as FocalLoss
+from lightning_reg.techniques.outputs.margin_control import MarginControl as MarginControl
 from lightning_reg.techniques.outputs.mdca import MDCA as MDCA
 from lightning_reg.techniques.outputs.mmce import MMCE as MMCE
 from lightning_reg.techniques.outputs.soft_binned_ece import SoftBinnedECE as SoftBinnedECE

@@ -65,8 +65,6 @@ from lightning_reg.metrics.squared_kernel import squared_kernel_calibration_erro
 from lightning_reg.metrics.uncertainty import calibration_uncertainty as calibration_uncertainty
 from lightning_reg.techniques.adaptation.eata import eata as eata
 from lightning_reg.techniques.adaptation.tent import tent as tent
-from lightning_reg.techniques.attention.attention_entropy_maximization import attention_entropy_maximization as attention_entropy_maximization
-from lightning_reg.techniques.attention.attention_entropy_regularization import attention_entropy_regularization as attention_entropy_regularization
 from lightning_reg.techniques.averaging.ema import exponential_average as exponential_average
 from lightning_reg.techniques.averaging.model_soup import greedy_soup as greedy_soup
 from lightning_reg.techniques.averaging.model_soup import model_soup as model_soup
@@ -85,6 +83,8 @@ from lightning_reg.techniques.distillation.plackett_luce_distillation import pla
 from lightning_reg.techniques.distillation.progressive_self_distillation import progressive_self_distillation as progressive_self_distillation
 from lightning_reg.techniques.distillation.random_teacher_distillation import interpolated_initialization as interpolated_initialization
 from lightning_reg.techniques.distillation.random_teacher_distillation import random_teacher_distillation as random_teacher_distillation
+from lightning_reg.techniques.features.attention_entropy_maximization import attention_entropy_maximization as attention_entropy_maximization
+from lightning_reg.techniques.features.attention_entropy_regularization import attention_entropy_regularization as attention_entropy_regularization
 from lightning_reg.techniques.features.discrete_infomax import discrete_infomax as discrete_infomax
 from lightning_reg.techniques.features.von_neumann_entropy import von_neumann_entropy as von_neumann_entropy
 from lightning_reg.techniques.fields.h1_seminorm_loss import h1_seminorm_loss as h1_seminorm_loss
@@ -98,9 +98,11 @@ from lightning_reg.techniques.gradients.adaptive_gradient_clipping import adapti
 from lightning_reg.techniques.gradients.adversarial_training import pgd_attack as pgd_attack
 from lightning_reg.techniques.gradients.cdep import cdep as cdep
 from lightning_reg.techniques.gradients.elle import elle as elle
+from lightning_reg.techniques.gradients.finite_difference_gradient_regularizer import finite_difference_gradient as finite_difference_gradient
 from lightning_reg.techniques.gradients.fisher_information_penalty import fisher_information_penalty as fisher_information_penalty
 from lightning_reg.techniques.gradients.gradient_centralization import gradient_centralization as gradient_centralization
 from lightning_reg.techniques.gradients.gradient_noise import gradient_noise as gradient_noise
+from lightning_reg.techniques.gradients.gradient_norm_penalty import gradient_norm_penalty as gradient_norm_penalty
 from lightning_reg.techniques.gradients.jacobian_penalty import jacobian_penalty as jacobian_penalty
 from lightning_reg.techniques.gradients.ortho_grad import ortho_grad as ortho_grad
 from lightning_reg.techniques.gradients.reconstruction_contraction import reconstruction_contraction as reconstruction_contraction
@@ -142,6 +144,7 @@ from lightning_reg.techniques.outputs.dca import dca as dca
 from lightning_reg.techniques.outputs.entropy_penalty import entropy_penalty as entropy_penalty
 from lightning_reg.techniques.outputs.flooding import flooding as flooding
 from lightning_reg.techniques.outputs.focal_loss import focal_loss as focal_loss
+from lightning_reg.techniques.outputs.margin_control import margin_control as margin_control
 from lightning_reg.techniques.outputs.mdca import mdca as mdca
 from lightning_reg.techniques.outputs.mmce import mmce as mmce
 from lightning_reg.techniques.outputs.soft_binned_ece import soft_binned_ece as soft_binned_ece
