@@ -280,7 +280,7 @@ class UDIM(NormalizedAscent):
         other = step.part(torch.arange(len(perturbed), device=perturbed.device)).asked_by(self)
         other.inputs = perturbed
         found: list[tuple[Tensor, Tensor]] = []
-        other.rerun(lambda: found.append(self._seen(other)))
+        other.rerun(look=lambda: found.append(self._seen(other)))
         other.forget()
         with torch.autocast(perturbed.device.type, enabled=False):
             sums = _moments(*here, *found[0], step.targets)
