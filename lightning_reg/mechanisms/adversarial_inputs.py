@@ -80,13 +80,13 @@ class Attack:
 
     def noise(self, inputs: Tensor, radius: float, generator: torch.Generator | None) -> Tensor:
         """A uniform draw from the ball of ``radius``, of the inputs' shape."""
-        like = {"device": inputs.device, "dtype": inputs.dtype}
+        like: Any = {"generator": generator, "device": inputs.device, "dtype": inputs.dtype}
         if self.norm == "linf":
-            return radius * (2 * torch.rand(inputs.shape, generator=generator, **like) - 1)  # type: ignore[call-overload]
-        normal = torch.randn(inputs.shape, generator=generator, **like)  # type: ignore[call-overload]
-        share = torch.rand(len(inputs), generator=generator, **like)  # type: ignore[call-overload]
-        share = share.pow(1 / inputs[0].numel()).view(_column(inputs))
-        return radius * share * _unit(normal)
+            uniform: Tensor = torch.rand(inputs.shape, **like)
+            return radius * (2 * uniform - 1)
+        normal: Tensor = torch.randn(inputs.shape, **like)
+        share: Tensor = torch.rand(len(inputs), **like)
+        return radius * share.pow(1 / inputs[0].numel()).view(_column(inputs)) * _unit(normal)
 
     def step(self, inputs: Tensor, points: Tensor, gradient: Tensor) -> Tensor:
         """``points`` one step further along ``gradient``, all (B, ...), without a graph."""
@@ -302,7 +302,8 @@ def _column(inputs: Tensor) -> tuple[int, ...]:
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors.flatten(1), dim=1).view(_column(vectors))
+    lengths: Tensor = torch.linalg.vector_norm(vectors.flatten(1), dim=1)
+    return lengths.view(_column(vectors))
 
 
 def _unit(vectors: Tensor) -> Tensor:

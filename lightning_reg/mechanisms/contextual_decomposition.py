@@ -18,6 +18,7 @@ The parts always add up to what the layers compute in evaluation mode. A chain i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,11 @@ _TINY = 1e-19
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.Softplus)
 _LINEAR = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.Flatten)
 _IDENTITY = (nn.Identity, nn.modules.dropout._DropoutNd)
-_POOLS = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
+_POOLS: dict[type[nn.Module], Any] = {
+    nn.MaxPool1d: F.max_pool1d,
+    nn.MaxPool2d: F.max_pool2d,
+    nn.MaxPool3d: F.max_pool3d,
+}
 _NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -95,14 +100,14 @@ def _problem(layer: nn.Module, position: int) -> str | None:
     )
 
 
-def _through(layer: nn.Module, parts: Parts, share: Tensor) -> Parts:
+def _through(layer: Any, parts: Parts, share: Tensor) -> Parts:
     if isinstance(layer, nn.LSTM):
         return _lstm(layer, parts, share)
     if isinstance(layer, nn.Linear):
         return _with_bias(parts, lambda x: F.linear(x, layer.weight), layer.bias, -1)
     if isinstance(layer, nn.modules.conv._ConvNd):
         weight = layer.weight
-        return _with_bias(parts, lambda x: layer._conv_forward(x, weight, None), layer.bias, 1)  # type: ignore[operator]
+        return _with_bias(parts, lambda x: layer._conv_forward(x, weight, None), layer.bias, 1)
     if isinstance(layer, _NORM):
         return _batch_norm(layer, parts)
     if isinstance(layer, _IDENTITY):
@@ -140,22 +145,20 @@ def _share_bias(relevant: Tensor, irrelevant: Tensor, bias: Tensor) -> Parts:
     return relevant + sizes[0] / total * bias, irrelevant + sizes[1] / total * bias
 
 
-def _batch_norm(layer: nn.Module, parts: Parts) -> Parts:
+def _batch_norm(layer: Any, parts: Parts) -> Parts:
     mean, variance = layer.running_mean, layer.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(variance, Tensor)
-    scale = (variance + layer.eps).rsqrt()  # type: ignore[operator]
+    scale = (variance + layer.eps).rsqrt()
     scale = scale if layer.weight is None else scale * layer.weight
     bias = -mean * scale if layer.bias is None else layer.bias - mean * scale
     shape = [1] * parts[0].ndim
     shape[1] = -1
-    column = scale.view(shape)  # type: ignore[operator]
-    return _share_bias(parts[0] * column, parts[1] * column, bias.view(shape))  # type: ignore[operator]
+    column = scale.view(shape)
+    return _share_bias(parts[0] * column, parts[1] * column, bias.view(shape))
 
 
-def _max_pool(layer: nn.Module, parts: Parts) -> Parts:
+def _max_pool(layer: Any, parts: Parts) -> Parts:
     pool = next(function for kind, function in _POOLS.items() if isinstance(layer, kind))
-    pooled, where = pool(  # type: ignore[operator]
+    pooled, where = pool(
         parts[0] + parts[1],
         layer.kernel_size,
         layer.stride,
@@ -169,7 +172,7 @@ def _max_pool(layer: nn.Module, parts: Parts) -> Parts:
     return relevant, irrelevant
 
 
-def _lstm(layer: nn.LSTM, parts: Parts, share: Tensor) -> Parts:
+def _lstm(layer: Any, parts: Parts, share: Tensor) -> Parts:
     """The parts of the hidden state after the last step."""
     batch_first = layer.batch_first
     steps = list(zip(*(p.unbind(1 if batch_first else 0) for p in parts), strict=True))

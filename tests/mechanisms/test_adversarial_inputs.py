@@ -123,6 +123,14 @@ def test_the_first_pass_is_at_the_start():
     assert (passes[1][0] - data).abs().max() <= 0.2501
 
 
+def test_a_clean_first_pass_is_followed_by_one_at_the_start():
+    _, passes = one_step(AdversarialTraining(0.5, epsilon=0.25, random_start=1.0))
+    data = next(iter(loader()))[0]
+    assert torch.equal(passes[0][0], data)
+    away = (passes[1][0] - data).abs()
+    assert 0.2 < away.max() <= 0.2501
+
+
 def test_batch_norm_and_metrics_count_the_first_pass_only():
     module, _ = one_step(AdversarialTraining(epsilon=5.0), batch_norm=True)
     plain = Seen(batch_norm=True)

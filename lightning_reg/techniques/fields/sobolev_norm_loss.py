@@ -42,7 +42,8 @@ def sobolev_norm_loss(
     spectrum = torch.fft.rfftn(residual, dim=dims, norm="forward")
     energy = spectrum.real.square() + spectrum.imag.square()
     weights = _weights(grid, s, lengths, residual)
-    return (energy * weights).flatten(1).sum(1)
+    total: Tensor = (energy * weights).flatten(1).sum(1)
+    return total
 
 
 class SobolevNormLoss(GridPenalty):
@@ -134,17 +135,18 @@ def _weights(
     grid: Sequence[int], s: float, lengths: Sequence[float] | None, like: Tensor
 ) -> Tensor:
     """``(1 + |k|^2)^s``, twice where half a spectrum stands for both signs of ``k``."""
-    kind = {"device": like.device, "dtype": like.dtype}
-    squared = torch.zeros((), **kind)  # type: ignore[call-overload]
+    kind: Any = {"device": like.device, "dtype": like.dtype}
+    squared = torch.zeros((), **kind)
     for dim, points in enumerate(grid):
         half = dim == len(grid) - 1
         frequency = torch.fft.rfftfreq if half else torch.fft.fftfreq
-        k = frequency(points, 1 / points, **kind)  # type: ignore[operator]
+        k = frequency(points, 1 / points, **kind)
         if lengths is not None:
             k = k * (2 * math.pi / lengths[dim])
         squared = squared.unsqueeze(-1) + k.square()
-    count = torch.full((grid[-1] // 2 + 1,), 2.0, **kind)  # type: ignore[call-overload]
+    count = torch.full((grid[-1] // 2 + 1,), 2.0, **kind)
     count[0] = 1.0
     if grid[-1] % 2 == 0:
         count[-1] = 1.0
-    return count * (1 + squared).pow(s)
+    weights: Tensor = count * (1 + squared).pow(s)
+    return weights

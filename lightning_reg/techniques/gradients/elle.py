@@ -181,9 +181,9 @@ class ELLE(AdversarialInputs):
         share = alpha.to(clean).view(-1, *[1] * (clean.ndim - 1))
         first, second = clean + noise[0], clean + noise[1]
         points = (first, second, (1 - share) * first + share * second)
-        losses = [self._losses_at(step, point) for point in points]
+        ends, others, between = (self._losses_at(step, point) for point in points)
         step.asked_by(self).inputs = moved
-        return elle(*losses, alpha.to(losses[0]))
+        return elle(ends, others, between, alpha.to(ends))
 
     def _losses_at(self, step: Step, points: Tensor) -> Tensor:
         targets = step.targets if step.target_distribution is None else step.target_distribution

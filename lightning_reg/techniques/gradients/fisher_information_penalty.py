@@ -51,8 +51,8 @@ def fisher_information_penalty(
             total = total + p[:, label] * score.square().sum(1)
         return total
     labels = torch.multinomial(log_p.detach().exp(), samples, True, generator=generator)  # type: ignore[arg-type]
-    for label in labels.unbind(1):
-        score = input_gradient(log_p.gather(1, label[:, None])[:, 0], inputs).flatten(1)
+    for drawn in labels.unbind(1):
+        score = input_gradient(log_p.gather(1, drawn[:, None])[:, 0], inputs).flatten(1)
         total = total + score.square().sum(1)
     return total / labels.shape[1]
 

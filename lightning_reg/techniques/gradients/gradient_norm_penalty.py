@@ -137,7 +137,7 @@ class GradientNormPenalty(Regularizer):
         value = _scaled_penalty(step, step.loss, weights)
         if not self.with_learning_rate:
             return value
-        rate = step.trainer.optimizers[0].param_groups[0]["lr"]
+        rate: float = step.trainer.optimizers[0].param_groups[0]["lr"]
         return value * (rate / 4)
 
     def _check(self, loss: Tensor) -> None:
