@@ -330,7 +330,7 @@ def test_fast_is_one_seed_and_one_epoch():
         (["--module", "my.Net"], "--datamodule"),
         (["--devices", "2", "--accelerator", "cuda"], "--accelerator cpu"),
         (["--techniques", "SAMM"], "mean SAM"),
-        (["--techniques", "SAM(rho=-1)"], "SAM(0.05)"),
+        (["--techniques", "SAM(rho=-1)"], "SAM(rho=0.05)"),
         (["--techniques", "SAM(radius=1)"], "radius"),
         (["--data", "cifar", "--fast"], "--data digits"),
     ],
