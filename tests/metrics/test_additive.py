@@ -116,6 +116,17 @@ def test_a_state_of_other_settings_is_neither_merged_nor_loaded(other):
     assert int(metric.counts.sum()) == 0
 
 
+def test_a_batch_that_is_refused_halfway_counts_nothing():
+    metric = filled(NegativeLogLikelihood(from_logits=True))
+    before, metric.block_size = metric.metric_state, 30
+    wrong = torch.where(torch.arange(40) == 39, 3, TARGETS)
+    for call in (metric.update, metric):
+        with pytest.raises(ArgumentError, match="outside their range"):
+            call(LOGITS, wrong)
+        assert all(torch.equal(before[name], s) for name, s in metric.metric_state.items())
+        assert metric.update_count == 1
+
+
 def test_half_leaves_counts_and_sums_exact():
     metric = filled(CalibrationError(from_logits=True)).half()
     metric.set_dtype(torch.float16)

@@ -90,10 +90,11 @@ def test_a_sweep_is_the_same_as_each_number_of_bins_alone():
     assert suite.counts.shape == (len({b / n for n in (15, *numbers) for b in range(n)}),)
 
 
+@pytest.mark.parametrize("values", [40, 40_000])
 @pytest.mark.parametrize("classes", [10, 256, 300, 1000])
-def test_the_top_class_is_the_first_of_equals(classes):
+def test_the_top_class_is_the_first_of_equals(classes, values):
     generator = torch.Generator().manual_seed(classes)
-    scores = torch.randint(0, 40, (300, classes), generator=generator).float()
+    scores = torch.randint(0, values, (300, classes), generator=generator).float()
     assert torch.equal(top_class(scores), torch.tensor(scores.numpy().argmax(1)))
 
 
