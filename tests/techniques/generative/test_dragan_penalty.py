@@ -48,7 +48,7 @@ def test_points_reach_as_far_as_scale_standard_deviations():
         seen.append(x.detach())
         return x.sum(1)
 
-    real = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    real = 3 * torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
     technique = DraganPenalty(scale=2.0)
     technique.values(critic, real, None, torch.Generator().manual_seed(1))
     moved = (seen[0] - real) / real.std()

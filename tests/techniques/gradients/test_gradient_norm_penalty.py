@@ -129,6 +129,23 @@ def test_small_differences_train_as_the_exact_penalty(difference, relative):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("difference", "sign"), [("forward", 1), ("backward", -1)])
+def test_a_large_step_goes_along_the_gradient_or_against_it(difference, sign):
+    module = Host().double()
+    weights = list(module.parameters())
+
+    def gradient():
+        loss = F.cross_entropy(module.net(INPUTS[:16].double()), LABELS[:16])
+        return torch.autograd.grad(loss, weights)
+
+    clean = gradient()
+    with torch.no_grad():
+        torch._foreach_add_(weights, list(clean), alpha=sign * 0.8)
+    expected = [g + sign * 0.5 / 0.8 * (h - g) for g, h in zip(clean, gradient(), strict=True)]
+    technique = FiniteDifferenceGradientRegularizer(0.5, epsilon=0.8, difference=difference)
+    torch.testing.assert_close(step_of(technique), expected)
+
+
 @pytest.mark.parametrize(
     "technique",
     [
