@@ -40,6 +40,19 @@ def flatten(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logits[kept], targets[kept]
 
 
+def labelled(values: Tensor, targets: Tensor, classes: int) -> Tensor:
+    """The rows (N, ...) of values (B, ...) whose target is a class, as :func:`flatten` keeps them.
+
+    Args:
+        values: something of each sample.
+        targets: (B,) class indices, or (B, C) soft targets, with which every row is kept.
+        classes: the number of classes.
+    """
+    if targets.is_floating_point():
+        return values
+    return values[(targets >= 0) & (targets < classes)]
+
+
 def belong(logits: Tensor, targets: Tensor) -> bool:
     """Whether shapes are those of one classification loss."""
     if targets.is_floating_point():

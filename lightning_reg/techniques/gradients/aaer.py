@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine import Paper, RegularizationError, Schedule, Signals, Step
-from lightning_reg.engine.criterion import as_distribution, soft_cross_entropy
+from lightning_reg.engine.criterion import as_distribution, flatten, soft_cross_entropy
 from lightning_reg.engine.errors import check_range
 from lightning_reg.mechanisms.adversarial_inputs import AdversarialInputs, Norm
 
@@ -168,12 +168,16 @@ class AAER(AdversarialInputs):
         if self.attacking(step):
             step.kept[self._start_key] = logits.detach()
             return None
-        targets = step.targets if step.target_distribution is None else step.target_distribution
-        sums = _sums(step.kept[self._start_key], logits, targets, self.loss_gradient)
-        sums = step.comm.reduce(sums)
+        targets = torch.as_tensor(step.targets)
+        # A sample without a label has no loss that could fall or rise.
+        start, _ = flatten(step.kept[self._start_key], targets)
+        end, labels = flatten(logits, targets)
+        labels = labels if step.target_distribution is None else step.target_distribution
+        sums = step.comm.reduce(_sums(start, end, labels, self.loss_gradient))
         value = _penalty(sums, self.loss_weight, self.logit_weight)
-        step.log(self, value.detach())
-        step.log(self, (sums[0] / (sums[0] + sums[1])).detach(), "abnormal_share")
+        # In the second pass, whose penalties the engine does not log.
+        step.log(self, value.detach(), joint=True)
+        step.log(self, (sums[0] / (sums[0] + sums[1])).detach(), "abnormal_share", joint=True)
         return value
 
     @property

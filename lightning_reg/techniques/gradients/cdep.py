@@ -108,6 +108,7 @@ class CDEP(Regularizer):
         ),
     )
     semantics: ClassVar[Semantics] = "global"
+    sharded: ClassVar[bool | None] = False
     needs: ClassVar[tuple[str, ...]] = ("inputs", "logits")
     reads: ClassVar[frozenset[str]] = frozenset({"inputs", "logits"})
     function: ClassVar[Callable[..., Any] | None] = staticmethod(cdep)

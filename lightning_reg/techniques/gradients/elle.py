@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import Paper, RegularizationError, Schedule, Signals, Step
-from lightning_reg.engine.criterion import as_distribution, soft_cross_entropy
+from lightning_reg.engine.criterion import (
+    as_distribution,
+    flatten,
+    labelled,
+    soft_cross_entropy,
+)
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.random import stream
 from lightning_reg.mechanisms.adversarial_inputs import AdversarialInputs, Norm
@@ -183,21 +188,25 @@ class ELLE(AdversarialInputs):
         points = (first, second, (1 - share) * first + share * second)
         ends, others, between = (self._losses_at(step, point) for point in points)
         step.asked_by(self).inputs = moved
-        return elle(ends, others, between, alpha.to(ends))
+        classes = step.asked_by(self).logits.shape[-1]
+        alpha = labelled(alpha.to(between), torch.as_tensor(step.targets), classes)
+        return elle(ends, others, between, alpha)
 
     def _losses_at(self, step: Step, points: Tensor) -> Tensor:
-        targets = step.targets if step.target_distribution is None else step.target_distribution
+        targets, soft = torch.as_tensor(step.targets), step.target_distribution
         step.asked_by(self).inputs = points
-        return step.rerun(lambda: self._losses(step.asked_by(self).logits, targets))
+        return step.rerun(lambda: self._losses(step.asked_by(self).logits, targets, soft))
 
-    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, logits: Tensor, targets: Tensor, soft: Tensor | None) -> Tensor:
         if logits.ndim != 2:
             raise RegularizationError(
                 self,
                 f"compares one loss per sample and needs logits (B, C), got {tuple(logits.shape)}",
                 cure='signals=Signals(logits="module.<name>")',
             )
-        return soft_cross_entropy(logits, as_distribution(targets, logits))
+        # A sample without a label has no loss.
+        rows, labels = flatten(logits, targets)
+        return soft_cross_entropy(rows, as_distribution(labels if soft is None else soft, rows))
 
     def _adapt(self, step: Step, error: Tensor) -> Tensor:
         """The new ``lambda / strength``; compared with past errors, which the present one joins."""

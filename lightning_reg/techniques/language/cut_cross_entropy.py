@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_reg.engine import ArgumentError, Paper, Technique
+from lightning_reg.engine import ArgumentError, Paper, Technique, UnsupportedError
 from lightning_reg.engine.errors import check_range
+from lightning_reg.engine.sharding import is_sharded
 from lightning_reg.engine.technique import Semantics
 
 if TYPE_CHECKING:
@@ -236,6 +237,7 @@ class CutCrossEntropyMixin(Technique, _Base):
         ),
     )
     semantics: ClassVar[Semantics] = "global"
+    sharded: ClassVar[bool | None] = False
     exemptions: ClassVar[Mapping[str, str]] = {
         "neutral": "has no strength: it is the same loss, computed in another way",
         "acts": "is the same loss as without it, to rounding",
@@ -259,6 +261,13 @@ class CutCrossEntropyMixin(Technique, _Base):
                 owner, f"`head` must be an nn.Linear, got {type(head).__name__}", cure=cure
             )
         check_range(owner, "filter_eps", filter_eps, 0, 1, high_open=True, cure=cure)
+        if is_sharded(head.weight):
+            raise UnsupportedError(
+                owner,
+                "reads the weights of the head outside of its forward, where ModelParallelStrategy "
+                "holds a rank's part of them",
+                cure='Trainer(strategy="ddp_reg")',
+            )
         if features.shape[:-1] != targets.shape or features.shape[-1] != head.in_features:
             raise ArgumentError(
                 owner,
