@@ -82,7 +82,9 @@ def measure(
     loader: Callable[[str], DataLoader[Any]] | None = None,
     **settings: Any,
 ) -> dict[str, list[float]]:
-    """The median step time of each variant in each round; rounds go through all variants.
+    """The mean step time of each variant in each round; rounds go through all variants.
+
+    The mean, since some techniques act in every k-th step only.
 
     Args:
         variants: callbacks by name; the order within a round alternates.
@@ -110,7 +112,7 @@ def measure(
             )
             torch.manual_seed(0)
             trainer.fit(module(), loader(name) if loader is not None else images(64 * 16))
-            times[name].append(statistics.median(clock.seconds[steps // 10 :]))
+            times[name].append(statistics.fmean(clock.seconds[steps // 10 :]))
     return times
 
 
