@@ -93,13 +93,11 @@ class SampleReweighting(Regularizer):
 
     def _weights(self, step: Step, joint: Tensor) -> Tensor:
         """Weights of the joint batch; of one each if a loss is not finite."""
-        ones = torch.ones_like(joint[:, 0])
-        if not bool(torch.isfinite(joint[:, 0]).all()):
-            return ones
         weights = self._found(step, joint)
         weights = weights / weights.mean() if self.normalized else weights
-        # 0 / 0: no sample is better than another.
-        return torch.where(torch.isfinite(weights).all(), weights, ones)
+        # 0 / 0, or a loss that is not finite: no sample is better than another.
+        good = torch.isfinite(weights).all() & torch.isfinite(joint[:, 0]).all()
+        return torch.where(good, weights, torch.ones_like(weights))
 
 
 class GroupReweighting(SampleReweighting):
@@ -156,6 +154,17 @@ class GroupReweighting(SampleReweighting):
 
     def _found(self, step: Step, joint: Tensor) -> Tensor:
         losses, groups = joint[:, 0], joint[:, 2].long()
+        self._check_groups(step, groups)
+        none = losses.new_zeros(self.num_groups)
+        counts = none.index_add(0, groups, torch.ones_like(losses))
+        sums = none.index_add(0, groups, losses)
+        factors = self.group_weights(step, sums / counts.clamp_min(1), counts)
+        return (factors / counts.clamp_min(1))[groups] * len(losses)
+
+    def _check_groups(self, step: Step, groups: Tensor) -> None:
+        # Reading them waits for an accelerator: there the first step is looked at only.
+        if groups.device.type != "cpu" and step.global_step:
+            return
         low, high = (int(v) for v in torch.aminmax(groups))
         if low < 0 or high >= self.num_groups:
             raise RegularizationError(
@@ -163,10 +172,6 @@ class GroupReweighting(SampleReweighting):
                 f"knows groups 0 to {self.num_groups - 1}, got {low if low < 0 else high}",
                 cure=f"{type(self).__name__}(num_groups=<the number of groups>)",
             )
-        counts = torch.bincount(groups, minlength=self.num_groups).to(losses)
-        sums = losses.new_zeros(self.num_groups).index_add_(0, groups, losses)
-        factors = self.group_weights(step, sums / counts.clamp_min(1), counts)
-        return (factors / counts.clamp_min(1))[groups] * len(losses)
 
 
 def _sample_of(targets: Tensor, classes: int, rows: int, device: torch.device) -> Tensor | None:

@@ -123,7 +123,8 @@ class GroupDRO(GroupReweighting):
         if step.is_rerun:
             return weights
         moved = group_dro(weights, losses + self._margins(losses), self.step_size)
-        self.weights_of_groups = moved
+        # A loss that is not finite moves nothing.
+        self.weights_of_groups = torch.where(torch.isfinite(moved).all(), moved, weights)
         return moved
 
     def state_dict(self) -> dict[str, Any]:

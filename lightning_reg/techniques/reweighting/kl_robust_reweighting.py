@@ -71,7 +71,7 @@ class KLRobustReweighting(SampleReweighting):
         name: the name in logs and checkpoints.
 
     Attributes:
-        log_normalizer: ``log u``; ``None`` before the first batch.
+        log_normalizer: ``log u``; minus infinity before the first batch.
 
     Raises:
         ArgumentError: if a number is outside its range.
@@ -119,7 +119,7 @@ class KLRobustReweighting(SampleReweighting):
         check_range(self, "average", average, 0, 1, low_open=True, cure=cure)
         self.lam = lam
         self.average = average
-        self.log_normalizer: Tensor | None = None
+        self.log_normalizer = torch.tensor(-torch.inf)
 
     def weights(self, step: Step, losses: Tensor) -> Tensor:
         """The weights of the joint batch, by the normalizer that it has moved."""
@@ -128,27 +128,23 @@ class KLRobustReweighting(SampleReweighting):
         )
         if not step.is_rerun:
             self._follow(losses, lam)
-        normalizer = None if self.log_normalizer is None else self.log_normalizer.to(losses)
-        return kl_robust_weights(losses, lam, normalizer)
+        return kl_robust_weights(losses, lam, self.log_normalizer.to(losses))
 
     def state_dict(self) -> dict[str, Any]:
         """The normalizer."""
-        kept = self.log_normalizer
-        return {
-            **super().state_dict(),
-            "log_normalizer": None if kept is None else kept.cpu(),
-        }
+        return {**super().state_dict(), "log_normalizer": self.log_normalizer.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with a saved normalizer."""
         super().load_state_dict(state_dict)
-        kept = state_dict["log_normalizer"]
-        self.log_normalizer = None if kept is None else kept.clone()
+        self.log_normalizer = state_dict["log_normalizer"].clone()
 
     def _follow(self, losses: Tensor, lam: float) -> None:
         now = (losses / lam).logsumexp(0) - math.log(len(losses))
-        if self.log_normalizer is None or self.average == 1:
-            self.log_normalizer = now
-            return
-        past = self.log_normalizer.to(now) + math.log1p(-self.average)
-        self.log_normalizer = torch.logaddexp(past, now + math.log(self.average))
+        past = self.log_normalizer.to(now)
+        share = math.log(self.average)
+        rest = math.log1p(-self.average) if self.average < 1 else -math.inf
+        mixed = torch.logaddexp(past + rest, now + share)
+        moved = torch.where(torch.isinf(past), now, mixed)
+        # A loss that is not finite moves nothing.
+        self.log_normalizer = torch.where(torch.isfinite(now), moved, past)
