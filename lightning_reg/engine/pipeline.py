@@ -170,7 +170,7 @@ class TrainingStepPipeline:
             return step.outputs
         for technique in replayed:
             if not self._rerun_checked:
-                check_rerun(technique, total, lambda: self.rerun(step))
+                check_rerun(technique, total, partial(self._run_again, step))
                 self._rerun_checked = True
             with self.writing(technique):
                 total = technique.perturb(step.asked_by(technique), total)
@@ -277,6 +277,14 @@ class TrainingStepPipeline:
                 "lightning_reg", "`training_step` returned a loss first and None when run again"
             )
         return total
+
+    def _run_again(self, step: Step) -> Tensor:
+        """A second pass whose value, too, is that of all ranks."""
+        counts, step.joint_counts = step.joint_counts, {}
+        try:
+            return self.rerun(step)
+        finally:
+            step.joint_counts = counts
 
     def part(self, step: Step, rows: Tensor) -> Step:
         """See :meth:`Step.part`."""

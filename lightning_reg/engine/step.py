@@ -129,6 +129,7 @@ class Step(RunContext):
         self.given: Mapping[str, Any] = {}
         self.replaces: set[str] = set()
         self.kept: dict[str, Any] = {}  # by technique, until the last pass
+        self.joint_counts: dict[str, Tensor] = {}  # of the first pass's means, by technique
         self.replay: tuple[Any, Any, tuple[Any, ...], dict[str, Any]] | None = None
         self._asking: Regularizer | None = None
         # Which samples of the micro-batch these are, of how many: see `part`.

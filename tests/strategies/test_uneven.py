@@ -8,7 +8,7 @@ import torch
 from lightning_reg.mechanisms.output_penalty import LogitRows
 from lightning_reg.testing.checks.scale import rank_difference
 from lightning_reg.testing.snapshot import largest_gap
-from tests.strategies.uneven import changes_the_loss, chosen, on_rank, train
+from tests.strategies.uneven import changes_the_loss, chosen, on_rank, train, twice, twice_on_rank
 
 SUBJECTS = chosen()
 # What they add follows from the user's loss, which is taken away here, or from draws for each
@@ -53,3 +53,17 @@ def test_what_follows_from_the_loss_keeps_ranks_equal(outcomes, name):
     one, other = (found[name] for found in outcomes)
     assert rank_difference(SUBJECTS[name], one, other) is None
     assert all(torch.isfinite(weight).all() for weight in one.weights.values())
+
+
+# The weights of the second one's mean are what the model makes of the batch, in each pass anew.
+TWICE = ["EntropyPenalty", "CorrectnessAwarePenalty"]
+
+
+def test_second_pass_is_over_the_samples_of_all_ranks(ranks):
+    outcomes = [pickle.loads(answer) for answer in ranks.run(twice_on_rank, TWICE)]
+    for name in TWICE:
+        joint, once = twice(name, None), train(SUBJECTS[name], None)
+        for outcome in outcomes:
+            gap, where = largest_gap(joint.weights, outcome[name].weights)
+            assert gap <= 1e-9, (name, where)
+        assert largest_gap(joint.weights, once.weights)[0] > 1e-6, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_reg import SAM
 from lightning_reg.engine.regularizer import CRITERION_PHASES, Regularizer, overrides
 from lightning_reg.testing.runs import Outcome, Setting
 from lightning_reg.testing.subject import Subject
@@ -80,8 +82,8 @@ def chosen() -> dict[str, Subject]:
     return found
 
 
-def train(subject: Subject, rank: int | None) -> Outcome:
-    """Two steps on a rank, or in one process on the joint batches.
+def train(subject: Subject, rank: int | None, beside: Sequence[Callback] = ()) -> Outcome:
+    """Two steps on a rank, or in one process on the joint batches, beside other callbacks.
 
     Penalties are alone: the user's own loss, a mean on each rank, is not that of joint batches.
     """
@@ -97,7 +99,7 @@ def train(subject: Subject, rank: int | None) -> Outcome:
         changes=case.joint,
         module=guarded(case.host, 0.0 if alone else 1.0)(SETTING.options),
         loader=lambda data, **_: DataLoader(data, batch_sampler=batches),
-        after=[Finite()],
+        after=[Finite(), *beside],
         distributed=rank is not None,
         trainer={"use_distributed_sampler": False},
     ).go()
@@ -107,3 +109,14 @@ def on_rank() -> bytes:
     """On a rank: what each technique trains."""
     rank = torch.distributed.get_rank()
     return pickle.dumps({name: train(subject, rank) for name, subject in chosen().items()})
+
+
+def twice_on_rank(names: Sequence[str]) -> bytes:
+    """On a rank: what penalties train that count in both passes over the batch."""
+    rank = torch.distributed.get_rank()
+    return pickle.dumps({name: twice(name, rank) for name in names})
+
+
+def twice(name: str, rank: int | None) -> Outcome:
+    """A penalty whose gradient is taken where its own gradient over all ranks points to."""
+    return train(subjects()[name], rank, [SAM(0.1, sharpness="global")])
