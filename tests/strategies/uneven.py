@@ -119,4 +119,4 @@ def twice_on_rank(names: Sequence[str]) -> bytes:
 
 def twice(name: str, rank: int | None) -> Outcome:
     """A penalty whose gradient is taken where its own gradient over all ranks points to."""
-    return train(subjects()[name], rank, [SAM(0.1, sharpness="global")])
+    return train(subjects()[name], rank, [SAM(5.0, sharpness="global")])
