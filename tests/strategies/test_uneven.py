@@ -55,15 +55,10 @@ def test_what_follows_from_the_loss_keeps_ranks_equal(outcomes, name):
     assert all(torch.isfinite(weight).all() for weight in one.weights.values())
 
 
-# The weights of the second one's mean are what the model makes of the batch, in each pass anew.
-TWICE = ["EntropyPenalty", "CorrectnessAwarePenalty"]
-
-
-def test_second_pass_is_over_the_samples_of_all_ranks(ranks):
-    outcomes = [pickle.loads(answer) for answer in ranks.run(twice_on_rank, TWICE)]
-    for name in TWICE:
-        joint, once = twice(name, None), train(SUBJECTS[name], None)
-        for outcome in outcomes:
-            gap, where = largest_gap(joint.weights, outcome[name].weights)
-            assert gap <= 1e-9, (name, where)
-        assert largest_gap(joint.weights, once.weights)[0] > 1e-6, name
+@pytest.mark.parametrize("gated", [False, True])
+def test_second_pass_is_over_the_samples_of_all_ranks(ranks, gated):
+    joint, once = twice(gated, None), train(SUBJECTS["EntropyPenalty"], None)
+    for answer in ranks.run(twice_on_rank, gated):
+        gap, where = largest_gap(joint.weights, pickle.loads(answer).weights)
+        assert gap <= 1e-9, where
+    assert largest_gap(joint.weights, once.weights)[0] > 1e-6

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_reg import SAM
+from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.regularizer import CRITERION_PHASES, Regularizer, overrides
+from lightning_reg.engine.step import Step
+from lightning_reg.mechanisms.output_penalty import OutputPenalty
 from lightning_reg.testing.runs import Outcome, Setting
 from lightning_reg.testing.subject import Subject
 from tests.strategies.drift import subjects
@@ -111,12 +114,23 @@ def on_rank() -> bytes:
     return pickle.dumps({name: train(subject, rank) for name, subject in chosen().items()})
 
 
-def twice_on_rank(names: Sequence[str]) -> bytes:
-    """On a rank: what penalties train that count in both passes over the batch."""
-    rank = torch.distributed.get_rank()
-    return pickle.dumps({name: twice(name, rank) for name in names})
+class Gated(OutputPenalty):
+    """Rows weigh what the model makes of them, in each pass anew."""
+
+    def values(self, logits: Tensor) -> Tensor:
+        return logits.square().sum(1)
+
+    def penalty(self, step: Step) -> JointMean:
+        rows = self._rows(step.logits, step.find("targets"))
+        return JointMean.of(self.values(rows), rows.softmax(1).amax(1))
 
 
-def twice(name: str, rank: int | None) -> Outcome:
+def twice_on_rank(gated: bool) -> bytes:
+    """On a rank: what a penalty trains that counts in both passes over the batch."""
+    return pickle.dumps(twice(gated, torch.distributed.get_rank()))
+
+
+def twice(gated: bool, rank: int | None) -> Outcome:
     """A penalty whose gradient is taken where its own gradient over all ranks points to."""
-    return train(subjects()[name], rank, [SAM(5.0, sharpness="global")])
+    beside = [Gated(1.0)] if gated else []
+    return train(subjects()["EntropyPenalty"], rank, [*beside, SAM(0.5, sharpness="global")])
