@@ -34,7 +34,6 @@ from lightning_reg.engine import (
     Step,
     UnsupportedError,
 )
-from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
@@ -179,15 +178,7 @@ class OutputAnchor(Teacher, LogitRows):
         """The output of the layer, and that of the same layer of the reference."""
         assert self.teacher is not None
         now = step.feature(layer)
-        # Watched for one call only: a copy of the technique would lose the hooks.
-        capture = Capture()
-        capture.attach(self.teacher.network, (layer,))
-        try:
-            with capture.recording() as records:
-                self.teacher(step.inputs, step.module)
-        finally:
-            capture.detach()
-        calls = records.get(layer, [])
+        calls = self.teacher.outputs_of(layer, step.inputs, step.module)
         if len(calls) != 1 or not isinstance(calls[0], Tensor):
             raise UnsupportedError(
                 self,

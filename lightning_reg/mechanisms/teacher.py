@@ -32,6 +32,7 @@ from lightning_reg.engine import (
     Step,
     UnsupportedError,
 )
+from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.checks import check_sharded
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.random import base_seed, stream_seed
@@ -63,6 +64,18 @@ class FrozenNetwork:
         if (mine.device, mine.dtype) != (wanted.device, wanted.dtype):
             self.network.to(wanted.device, wanted.dtype)
         return self.network(inputs)
+
+    def outputs_of(self, layer: str, inputs: Any, student: nn.Module) -> list[Any]:
+        """What the submodule ``layer`` returns for ``inputs``, in one call after the other."""
+        # Watched for one call only: a copy of the technique would lose the hooks.
+        capture = Capture()
+        capture.attach(self.network, (layer,))
+        try:
+            with capture.recording() as records:
+                self(inputs, student)
+        finally:
+            capture.detach()
+        return records.get(layer, [])
 
     def follow(self, module: nn.Module, share: float, comm: Communicator) -> None:
         """Move weights by ``share`` of the way to those of ``module``, and take its buffers.
