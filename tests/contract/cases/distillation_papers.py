@@ -1,14 +1,34 @@
 """Techniques that learn from features or from several teachers."""
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_reg.techniques.distillation.norm_direction_distillation import (
     norm_direction_distillation,
 )
+from lightning_reg.techniques.distillation.weighted_self_distillation import (
+    WeightedSelfDistillation,
+    weighted_self_distillation,
+)
 from lightning_reg.testing import ContractCase
-from tests.contract.cases.distillation import TrainedTeacher
+from tests.contract.cases.distillation import TrainedTeacher, moved
 
 _GENERATOR = torch.Generator().manual_seed(0)
+
+
+class EarlierGeneration(Callback):
+    """Gives the technique a generation that has been trained."""
+
+    def setup(self, trainer, pl_module, stage):
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightedSelfDistillation):
+                weights = {k: moved(v) for k, v in pl_module.state_dict().items()}
+                state = {"teacher": weights, "taken_at": 0}
+                callback.load_state_dict({**state, "first": {}, "generation": 1, "trial": False})
+
+
+def _generations():
+    return [EarlierGeneration()]
 
 
 def _companions():
@@ -47,7 +67,21 @@ def _norm_direction():
     return norm_direction_distillation, (student, teacher, directions)
 
 
-_LAYERS = [{"layer": ""}, {"teacher_layer": ""}]
+def _repeated(probe):
+    earlier = {k: moved(v) for k, v in probe.module.state_dict().items()}
+    then = torch.func.functional_call(probe.module.eval(), earlier, (probe.inputs,)).softmax(1)
+    p, y = probe.logits.softmax(1), torch.nn.functional.one_hot(probe.targets, 4)
+    return (0.3 * (p - y) ** 2 + 0.7 * (p - then) ** 2).mean()
+
+
+def _weighted():
+    return weighted_self_distillation, (
+        _random(5, 3).requires_grad_(),
+        _random(5, 3),
+        _random(5, 3),
+        0.3,
+    )
+
 
 CASES = {
     "NormDirectionDistillation": ContractCase(
@@ -67,5 +101,19 @@ CASES = {
         companions=_companions,
         expected=_pulled,
         gradcheck=_norm_direction,
+    ),
+    "WeightedSelfDistillation": ContractCase(
+        args={"strength": 0.7, "form": "mse"},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -0.1},
+            {"strength": 1.1},
+            {"form": "mae"},
+            {"replaces": "all"},
+        ],
+        bad_late=[{"optimal": True}],
+        companions=_generations,
+        expected=_repeated,
+        gradcheck=_weighted,
     ),
 }

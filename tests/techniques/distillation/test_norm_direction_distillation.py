@@ -95,8 +95,21 @@ def test_means_are_those_of_the_whole_training_set_in_eval_mode():
     trainer([technique], max_steps=1).fit(Wide(), data)
     with torch.no_grad():
         features = teacher[0](INPUTS)
-    means = torch.stack([features[LABELS == c].mean(0) for c in range(4)])
+    means = torch.stack([features[c == LABELS].mean(0) for c in range(4)])
     torch.testing.assert_close(_directions(technique), F.normalize(means, dim=1))
+
+
+def test_means_are_not_taken_again_on_a_resume(tmp_path):
+    make = lambda: NormDirectionDistillation(  # noqa: E731
+        layer="encoder", teacher=_teacher(), teacher_layer="0"
+    )
+    technique = make()
+    _, run = fit([technique], Wide(), max_steps=1)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    resumed, other = make(), DataLoader(TensorDataset(-INPUTS, LABELS), batch_size=16)
+    path = tmp_path / "run.ckpt"
+    trainer([resumed], max_steps=2).fit(Wide(), other, ckpt_path=path, weights_only=False)
+    assert torch.equal(_directions(resumed), _directions(technique))
 
 
 def test_given_means_are_used_as_they_are():
