@@ -6,11 +6,17 @@ from lightning.pytorch.callbacks import Callback
 from lightning_reg.techniques.distillation.norm_direction_distillation import (
     norm_direction_distillation,
 )
+from lightning_reg.techniques.distillation.token_relationship_graph_distillation import (
+    token_context_distillation,
+    token_contrast_distillation,
+    token_graph_distillation,
+)
 from lightning_reg.techniques.distillation.weighted_self_distillation import (
     WeightedSelfDistillation,
     weighted_self_distillation,
 )
 from lightning_reg.testing import ContractCase
+from lightning_reg.testing.hosts import ImageHost
 from tests.contract.cases.distillation import TrainedTeacher, moved
 
 _GENERATOR = torch.Generator().manual_seed(0)
@@ -83,6 +89,40 @@ def _weighted():
     )
 
 
+def _related(probe):
+    """Token by token, in loops."""
+    network = probe.technique.teacher.network
+    maps = probe.features["stem"], network.stem(probe.inputs).detach()
+    images = [m.flatten(2).transpose(1, 2) for m in maps]
+    units = [t / t.norm(dim=-1, keepdim=True) for t in images]
+    context = torch.stack(
+        [(s @ s.T - t @ t.T).square().mean() for s, t in zip(*units, strict=True)]
+    ).mean()
+    own, theirs = (u.flatten(0, 1) for u in units)
+    graph, contrast = [], []
+    for i in range(len(own)):
+        others = [j for j in range(len(own)) if j != i]
+        near = sorted(others, key=lambda j: -float(theirs[i] @ theirs[j]))[:5]
+        p = (theirs[near] @ theirs[i] / 0.5).softmax(0)
+        q = (own[near] @ own[i] / 0.5).softmax(0)
+        graph.append((p * (p / q).log()).sum())
+        contrast.append(-(theirs @ own[i] / 0.5).log_softmax(0)[i])
+    return 2 * torch.stack(graph).mean() + 0.5 * torch.stack(contrast).mean() + 3 * context
+
+
+def _relations():
+    tokens = _random(2, 4, 3).requires_grad_()
+    teacher = _random(2, 4, 3)
+
+    def function(student):
+        own, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
+        graph = token_graph_distillation(own, theirs, 3, 0.5)
+        contrast = token_contrast_distillation(own, theirs, 0.5)
+        return graph, contrast, token_context_distillation(student, teacher)
+
+    return function, (tokens,)
+
+
 CASES = {
     "NormDirectionDistillation": ContractCase(
         args={"strength": 2.0, "layer": "encoder", "source": "reference"},
@@ -115,5 +155,35 @@ CASES = {
         companions=_generations,
         expected=_repeated,
         gradcheck=_weighted,
+    ),
+    "TokenRelationshipGraphDistillation": ContractCase(
+        args={
+            "strength": 1.0,
+            "layer": "stem",
+            "source": "reference",
+            "local_weight": 2.0,
+            "global_weight": 0.5,
+            "context_weight": 3.0,
+            "neighbors": 5,
+            "temperature": 0.5,
+            "tokens": 10_000,
+        },
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -1.0},
+            {"source": None},
+            {"layer": ""},
+            {"teacher_layer": 3},
+            {"local_weight": -1.0},
+            {"local_weight": 0.0, "global_weight": 0.0, "context_weight": 0.0},
+            {"neighbors": 0},
+            {"tokens": 0.5},
+            {"temperature": 0.0},
+        ],
+        bad_late=[{"layer": "no_such_layer"}],
+        host=ImageHost,
+        companions=_companions,
+        expected=_related,
+        gradcheck=_relations,
     ),
 }

@@ -233,6 +233,10 @@ def test_generations_of_a_linear_network_are_those_of_ridge_regression():
     expected = ridge_self_distillation(x, y, 0.7, [best])[-1]
     torch.testing.assert_close(second, expected, atol=1e-4, rtol=0)
     assert (technique.generation, technique.trial) == (2, True)
+    trial = _regress(technique)
+    # The fit to the labels is still the first one.
+    best = float(optimal_alpha(y_held, x_held @ first, x_held @ trial))
+    assert technique.alpha == pytest.approx(best, abs=1e-4)
 
 
 def test_mixed_labels_are_mixed_before_the_teacher_softens_them():
