@@ -3,6 +3,7 @@
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightning_reg.techniques.distillation.mtard import mtard
 from lightning_reg.techniques.distillation.norm_direction_distillation import (
     norm_direction_distillation,
 )
@@ -15,11 +16,32 @@ from lightning_reg.techniques.distillation.weighted_self_distillation import (
     WeightedSelfDistillation,
     weighted_self_distillation,
 )
+from lightning_reg.techniques.gradients.adversarial_training import pgd_attack
 from lightning_reg.testing import ContractCase
 from lightning_reg.testing.hosts import ImageHost
 from tests.contract.cases.distillation import TrainedTeacher, moved
 
 _GENERATOR = torch.Generator().manual_seed(0)
+
+
+class FixedTeacher(torch.nn.Module):
+    """A linear network with the same weights wherever it is made."""
+
+    def __init__(self, scale: float = 1.0, phase: float = 0.0) -> None:
+        super().__init__()
+        self.map = torch.nn.Linear(8, 4)
+        with torch.no_grad():
+            places = torch.arange(32.0).view(4, 8) + phase
+            self.map.weight.copy_(scale * places.sin())
+            self.map.bias.zero_()
+
+    def forward(self, x):
+        return self.map(x)
+
+
+def _in_yaml(scale, phase):
+    path = "tests.contract.cases.distillation_papers.FixedTeacher"
+    return {"class_path": path, "init_args": {"scale": scale, "phase": phase}}
 
 
 class EarlierGeneration(Callback):
@@ -123,6 +145,25 @@ def _relations():
     return function, (tokens,)
 
 
+def _balanced(probe):
+    """The first step: equal weights, temperatures of 1."""
+    moved = pgd_attack(probe.module, probe.inputs, probe.targets, 0.4, 0.2, steps=2)
+    parts = []
+    for role, x in (("clean_teacher", probe.inputs), ("robust_teacher", moved)):
+        p = probe.technique.teachers[role].network.double()(x).softmax(1)
+        parts.append((p * (p.log() - probe.module(x).log_softmax(1))).sum(1).mean())
+    return 0.5 * parts[0] + 0.5 * parts[1]
+
+
+_MTARD = {
+    "strength": 0.8,
+    "epsilon": 0.4,
+    "step_size": 0.2,
+    "steps": 2,
+    "weight_rate": 0.3,
+    "temperature_rate": 0.4,
+}
+
 CASES = {
     "NormDirectionDistillation": ContractCase(
         args={"strength": 2.0, "layer": "encoder", "source": "reference"},
@@ -185,5 +226,37 @@ CASES = {
         companions=_companions,
         expected=_related,
         gradcheck=_relations,
+    ),
+    "MTARD": ContractCase(
+        args={
+            **_MTARD,
+            "clean_teacher": FixedTeacher(1.0, 0.5),
+            "robust_teacher": FixedTeacher(0.3, 1.5),
+        },
+        yaml={
+            **_MTARD,
+            "clean_teacher": _in_yaml(1.0, 0.5),
+            "robust_teacher": _in_yaml(0.3, 1.5),
+        },
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": 1.1},
+            {"clean_teacher": None},
+            {"robust_teacher": "resnet"},
+            {"epsilon": -0.1},
+            {"steps": 0},
+            {"weight_rate": 2.0},
+            {"temperature_rate": -1.0},
+            {"temperature_bounds": (0.0, 1.0)},
+            {"temperature_bounds": (3.0, 1.0)},
+        ],
+        expected=_balanced,
+        gradcheck=lambda: (mtard, (_random(5, 4).requires_grad_(), _random(5, 4), 1.7)),
+        logs=(
+            "reg/mtard",
+            "reg/mtard_clean_weight",
+            "reg/mtard_clean_teacher_temperature",
+            "reg/mtard_robust_teacher_temperature",
+        ),
     ),
 }
