@@ -12,13 +12,17 @@ from lightning_reg.techniques.distillation.token_relationship_graph_distillation
     token_contrast_distillation,
     token_graph_distillation,
 )
+from lightning_reg.techniques.distillation.two_teacher_regression import (
+    assistive_loss,
+    teacher_bounded_loss,
+)
 from lightning_reg.techniques.distillation.weighted_self_distillation import (
     WeightedSelfDistillation,
     weighted_self_distillation,
 )
 from lightning_reg.techniques.gradients.adversarial_training import pgd_attack
 from lightning_reg.testing import ContractCase
-from lightning_reg.testing.hosts import ImageHost
+from lightning_reg.testing.hosts import ImageHost, RegressorHost
 from tests.contract.cases.distillation import TrainedTeacher, moved
 
 _GENERATOR = torch.Generator().manual_seed(0)
@@ -164,6 +168,33 @@ _MTARD = {
     "temperature_rate": 0.4,
 }
 
+
+def _led(probe):
+    """Number by number."""
+    total = 0.0
+    tough, tolerant = (t.network.double()(probe.inputs) for t in probe.technique.teachers.values())
+    for s, y, one, two in zip(
+        *(v.flatten().tolist() for v in (probe.logits, probe.targets, tough, tolerant)), strict=True
+    ):
+        a, r = abs(s - y), abs(two - y)
+        total += 2 * (3 * a if a <= r else a * a + 3 * r - r * r)
+        for r, pull, push in ((abs(one - y), 1.9, 0.45), (abs(two - y), 1.8, 0.4)):
+            total += pull * (a - r) if a > r else -push * (r - a) if a >= 0.15 * r else 0.0
+    return total / probe.logits.numel()
+
+
+def _regression():
+    """Away from the kinks, where finite differences mean nothing."""
+    targets, teacher = _random(5, 3), _random(5, 3)
+    apart = (teacher - targets).abs()
+    outputs = (targets + apart * torch.tensor([1.6, -0.6, 0.05])).requires_grad_()
+
+    def function(s):
+        return assistive_loss(s, targets, teacher), teacher_bounded_loss(s, targets, teacher)
+
+    return function, (outputs,)
+
+
 CASES = {
     "NormDirectionDistillation": ContractCase(
         args={"strength": 2.0, "layer": "encoder", "source": "reference"},
@@ -258,5 +289,30 @@ CASES = {
             "reg/mtard_clean_teacher_temperature",
             "reg/mtard_robust_teacher_temperature",
         ),
+    ),
+    "TwoTeacherRegression": ContractCase(
+        args={
+            "strength": 0.7,
+            "tough_teacher": FixedTeacher(0.2, 0.5),
+            "tolerant_teacher": FixedTeacher(0.3, 1.5),
+        },
+        yaml={
+            "strength": 0.7,
+            "tough_teacher": _in_yaml(0.2, 0.5),
+            "tolerant_teacher": _in_yaml(0.3, 1.5),
+        },
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": 1.1},
+            {"tough_teacher": None},
+            {"tolerant_teacher": 3},
+            {"main_weight": -1.0},
+            {"tough_pull": -1.0},
+            {"tolerant_push": -1.0},
+            {"near": 1.5},
+        ],
+        host=RegressorHost,
+        expected=_led,
+        gradcheck=_regression,
     ),
 }
