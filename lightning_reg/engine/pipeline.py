@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from math import prod
 from typing import Any
 
 import lightning.pytorch as pl
@@ -234,6 +235,9 @@ class TrainingStepPipeline:
         with torch.autocast(step.loss.device.type, enabled=False):
             if replaced:
                 total = self._criterion(step, active)
+            share = prod(t.loss_share(step.asked_by(t)) for t in members)
+            # Not dropped at 0: what only the loss reaches would be unused parameters to DDP.
+            total = total if share == 1 else share * total
             for technique, value in penalties(step, members, self._log):
                 total = total + self.strength(technique) * value
         return total

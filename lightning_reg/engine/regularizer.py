@@ -128,6 +128,10 @@ class Regularizer(Technique, Callback):
         """
         return None
 
+    def loss_share(self, step: Step) -> float:
+        """Phase 4: what share of the loss stays; below 1 where a penalty takes its place."""
+        return 1.0
+
     def perturb(self, step: Step, total: Tensor) -> Tensor:
         """Phase 5: run phases 2 to 4 again elsewhere in weight space; returns the new loss."""
         return total
