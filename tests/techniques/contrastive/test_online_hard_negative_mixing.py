@@ -1,5 +1,7 @@
 """Mixtures lie on the sphere, are hard, and enter their own query's denominator."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import numpy as np
 import pytest
@@ -110,6 +112,23 @@ def test_mixing_makes_finding_the_positive_harder(place):
     )
     plain = info_nce(q, p, 0.05, negatives=None if place is None else n).mean()
     assert mixed[name] > fewer[name] > plain
+
+
+def test_mixtures_leave_out_the_querys_own_positive():
+    # Orthogonal pairs: every negative and every mixture of negatives has similarity 0.
+    technique = OnlineHardNegativeMixing(hardest=3, pairs=2, temperature=0.5)
+    z, seeded = torch.eye(4, dtype=torch.float64), torch.Generator()
+    step = SimpleNamespace(rng=lambda *_, **__: seeded)
+    losses = technique.losses(step, z, z, None, torch.arange(4))
+    expected = np.log(1 + (3 + 2 + 1) * np.exp(-2.0))
+    np.testing.assert_allclose(losses.numpy(), expected)
+
+
+def test_pairs_are_of_two_different_places():
+    technique, seeded = OnlineHardNegativeMixing(pairs=300), torch.Generator()
+    pairs, shares = technique._draw(SimpleNamespace(rng=lambda *_, **__: seeded), 3)
+    assert set(map(tuple, pairs.tolist())) == {(a, b) for a in range(3) for b in range(3) if a != b}
+    assert 0.4 < shares.mean() < 0.6  # Beta(2, 2) has variance 1/20: 8 standard errors
 
 
 def test_a_batch_with_one_candidate_has_no_mixtures():
