@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_reg.engine import MissingSignalError, RegularizationError, Regularizer, Step
@@ -29,6 +28,7 @@ from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
+from lightning_reg.mechanisms.joint_rows import joint_rows
 
 DEFAULT_VIEWS = ("outputs.z1", "outputs.z2")
 
@@ -100,16 +100,7 @@ class TwoViews(Regularizer):
         Returns:
             The positions (B,) of this rank's samples among all N, and the tensors (N, ...).
         """
-        given = [*self._two_views(step), *companions]
-        if step.comm.world_size == 1:
-            return torch.arange(len(given[0]), device=given[0].device), given
-        rank = given[0].new_full((len(given[0]), 1), step.comm.rank)
-        # One gather keeps the rows of a sample together.
-        columns = [rank, *(tensor.flatten(1).to(rank) for tensor in given)]
-        rows = step.comm.gather(torch.cat(columns, 1))
-        own, *joint = rows.split([column.shape[1] for column in columns], 1)
-        mine = (own[:, 0].detach() == step.comm.rank).nonzero()[:, 0]
-        return mine, [t.unflatten(1, g.shape[1:]) for t, g in zip(joint, given, strict=True)]
+        return joint_rows(step.comm, *self._two_views(step), *companions)
 
     def _two_views(self, step: Step) -> tuple[Tensor, Tensor]:
         if len(self.views) == 2:
