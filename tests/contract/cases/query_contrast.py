@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from lightning_reg.mechanisms.info_nce import nt_xent
 from lightning_reg.techniques.contrastive.focal_info_nce import focal_info_nce
 from lightning_reg.techniques.contrastive.online_hard_negative_mixing import mix_hard_negatives
 from lightning_reg.testing import ContractCase
@@ -37,6 +38,25 @@ def _mixtures(queries, candidates):
 
 
 CASES = {
+    "DynamicBadPairMining": ContractCase(
+        args={"start": 1, "noisy": 0.5, "faulty": 0.5, "views": VIEWS},
+        neutral={"strength": 0.0},
+        bad=[
+            {"start": 0},
+            {"noisy": 0.0},
+            {"faulty": -1.0},
+            {"temperature": 0.0},
+            {"losses": ""},
+            {"num_samples": 0},
+        ],
+        bad_late=[{"views": "no_such_layer"}],
+        host=TwoViewHost,
+        expected=lambda p: nt_xent(p.features["first"], p.features["second"], 0.2).mean(),
+        gradcheck=lambda: (
+            lambda a, b: nt_xent(a, b, 0.5),
+            (_normal(4, 3), _normal(4, 3, seed=1)),
+        ),
+    ),
     "FocalInfoNCE": ContractCase(
         args={"strength": 0.5, "views": VIEWS, "negatives": "third", "temperature": 0.5},
         neutral={"strength": 0.0},
