@@ -1,7 +1,8 @@
 """Losses on two embeddings of each sample, over the samples of all ranks.
 
-A technique supplies :meth:`EmbeddingLoss.value`: a scalar of two views (N, d). The mechanism
-takes care of
+A technique supplies :meth:`EmbeddingLoss.value`: a scalar of two views (N, d); or, as a
+:class:`TwoViews`, a penalty of its own from :meth:`TwoViews.joint_views`. The mechanism takes
+care of
 
 - finding the two views: two keys of the returned dict, two layers, the two calls of one layer,
   the two halves of one batch, or ``self.regularize(loss, features={...})``;
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_reg.engine import MissingSignalError, RegularizationError, Regularizer, Step
@@ -28,12 +28,13 @@ from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
+from lightning_reg.mechanisms.joint_rows import joint_rows
 
 DEFAULT_VIEWS = ("outputs.z1", "outputs.z2")
 
 
-class EmbeddingLoss(Regularizer):
-    """Base of losses on two views of each sample.
+class TwoViews(Regularizer):
+    """Base of techniques that take two embeddings of each sample.
 
     Args:
         strength: the multiplier.
@@ -44,6 +45,7 @@ class EmbeddingLoss(Regularizer):
             manual optimization the same names are looked for in
             ``self.regularize(loss, features={...})`` first.
         name: the name in logs and checkpoints.
+        others: arguments of the next base, where a technique has several.
     """
 
     semantics: ClassVar[Semantics] = "global"
@@ -56,8 +58,9 @@ class EmbeddingLoss(Regularizer):
         *,
         views: str | Sequence[str] = DEFAULT_VIEWS,
         name: str | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(strength, name=name)
+        super().__init__(strength, name=name, **others)
         names = [views] if isinstance(views, str) else list(views)
         good = all(isinstance(view, str) and view for view in names)
         if not good or len(names) not in (1, 2) or len(set(names)) < len(names):
@@ -73,12 +76,9 @@ class EmbeddingLoss(Regularizer):
         """The submodules to capture."""
         return tuple(view for view in self.views if not view.startswith("outputs."))
 
-    @abstractmethod
-    def value(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """The loss, a scalar, of both views (N, d) of the samples of all ranks."""
-
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there."""
+        super().validate(trainer, pl_module)
         known = [name for name, _ in pl_module.named_modules() if name]
         for layer in self.layers:
             if pl_module.automatic_optimization and layer not in known:
@@ -90,16 +90,17 @@ class EmbeddingLoss(Regularizer):
                     cure=f'{type(self).__name__}(views="{known[0] if known else "encoder"}")',
                 )
 
-    def penalty(self, step: Step) -> Tensor:
-        """Phase 4."""
-        z1, z2 = self._two_views(step)
-        width = z1.shape[1]
-        # One gather keeps the rows of a sample together.
-        rows = step.comm.gather(torch.cat([z1, z2], 1))
-        if len(rows) < 2:
-            # The rest of an epoch may be one sample, which has nothing to be compared with.
-            return 0.0 * rows.sum()
-        return self.value(rows[:, :width], rows[:, width:])
+    def joint_views(self, step: Step, *companions: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Both views, and what goes with them, of the samples of all ranks, by one gather.
+
+        Args:
+            step: the micro-batch.
+            companions: (B, ...) further floats of each sample, with gradients.
+
+        Returns:
+            The positions (B,) of this rank's samples among all N, and the tensors (N, ...).
+        """
+        return joint_rows(step.comm, *self._two_views(step), *companions)
 
     def _two_views(self, step: Step) -> tuple[Tensor, Tensor]:
         if len(self.views) == 2:
@@ -153,4 +154,20 @@ class EmbeddingLoss(Regularizer):
         return view
 
 
-__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss"]
+class EmbeddingLoss(TwoViews):
+    """Base of losses that are one number of both views of the joint batch; see `TwoViews`."""
+
+    @abstractmethod
+    def value(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """The loss, a scalar, of both views (N, d) of the samples of all ranks."""
+
+    def penalty(self, step: Step) -> Tensor:
+        """Phase 4."""
+        _, (z1, z2) = self.joint_views(step)
+        if len(z1) < 2:
+            # The rest of an epoch may be one sample, which has nothing to be compared with.
+            return 0.0 * (z1.sum() + z2.sum())
+        return self.value(z1, z2)
+
+
+__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews"]

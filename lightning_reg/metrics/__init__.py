@@ -194,6 +194,10 @@ from lightning_reg.metrics.uncertainty import (
     CalibrationUncertainty,
     calibration_uncertainty,
 )
+from lightning_reg.metrics.utilization import (
+    Utilization,
+    utilization,
+)
 
 __all__ = [
     "AUGRC",
@@ -255,6 +259,7 @@ __all__ = [
     "UncertaintyBins",
     "UncertaintyCalibrationError",
     "UnderconfidenceError",
+    "Utilization",
     "VariationRatio",
     "attention_entropy",
     "augrc",
@@ -319,5 +324,6 @@ __all__ = [
     "sweep_calibration_error",
     "uncertainty_calibration_error",
     "underconfidence_error",
+    "utilization",
     "variation_ratio",
 ]
