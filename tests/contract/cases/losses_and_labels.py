@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+from lightning_reg.techniques.outputs.comp_sum_loss import (
+    comp_sum_loss,
+    smooth_adversarial_comp_sum,
+)
 from lightning_reg.techniques.outputs.direct_coverage_optimization import (
     direct_coverage_optimization,
 )
@@ -25,7 +29,46 @@ def _coverage(probe):
     return -(1 - (1 - _own(probe)) ** 4).log().mean()
 
 
+def _comp_sum(probe):
+    return ((1 - _own(probe) ** 0.6) / 0.6).mean()
+
+
+def _adversarial():
+    moved = (_SCORES + 0.3 * _SCORES.sin()).requires_grad_()
+
+    def function(z, other):
+        return smooth_adversarial_comp_sum(z, other, _LABELS, 1.4, 0.5, 2.0)
+
+    return function, (_SCORES.clone().requires_grad_(), moved)
+
+
 CASES = {
+    "CompSumLoss": ContractCase(
+        args={"tau": 1.6},
+        neutral={"strength": 0.0},
+        bad=[*_SHARE, {"tau": -1.0}],
+        expected=_comp_sum,
+        gradcheck=lambda: _function(comp_sum_loss, 0.5),
+        logs=("reg/comp_sum_loss",),
+    ),
+    "SmoothAdversarialCompSum": ContractCase(
+        # Without a random start, where ranks and micro-batches can be compared with a joint batch.
+        args={"tau": 1.6, "nu": 1.0, "epsilon": 0.4, "steps": 2, "random_start": 0.0},
+        neutral={"strength": 0.0},
+        bad=[
+            *_SHARE,
+            {"tau": -1.0},
+            {"rho": 0.0},
+            {"nu": -1.0},
+            {"epsilon": 0.0},
+            {"steps": 0},
+            {"norm": "l1"},
+            {"bounds": [1.0, 0.0]},
+        ],
+        expected=_comp_sum,
+        gradcheck=_adversarial,
+        logs=("reg/smooth_adversarial_comp_sum", "reg/smooth_adversarial_comp_sum_shift"),
+    ),
     "DirectCoverageOptimization": ContractCase(
         args={"n": 4.0},
         neutral={"strength": 0.0},

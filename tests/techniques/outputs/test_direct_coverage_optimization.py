@@ -127,6 +127,16 @@ def test_slope_is_the_derivative_of_the_value_and_so_is_the_next():
     assert torch.autograd.gradgradcheck(lambda s: pass_at_n_loss(s, 5), (nll,))
 
 
+def test_a_masked_class_and_a_sure_row_have_finite_derivatives():
+    logits = torch.tensor([[90.0, 0.0, -torch.inf], [0.0, 1.0, -torch.inf]], requires_grad=True)
+    loss = direct_coverage_optimization(logits, torch.tensor([0, 1]), 4).sum()
+    (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (second,) = torch.autograd.grad(slope[:, :2].square().sum(), logits)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(slope).all()
+    assert torch.isfinite(second[:, :2]).all()
+
+
 def descend(labels, n):
     logits = torch.zeros(1, len(labels), dtype=torch.float64, requires_grad=True)
     target = torch.tensor([labels], dtype=torch.float64)
