@@ -10,6 +10,8 @@ from lightning_reg.techniques.outputs.comp_sum_loss import (
 from lightning_reg.techniques.outputs.direct_coverage_optimization import (
     direct_coverage_optimization,
 )
+from lightning_reg.techniques.outputs.palm_z_loss import palm_z_loss
+from lightning_reg.techniques.outputs.spherical_z_loss import spherical_z_loss
 from lightning_reg.testing import ContractCase
 
 _SCORES = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -31,6 +33,13 @@ def _coverage(probe):
 
 def _comp_sum(probe):
     return ((1 - _own(probe) ** 0.6) / 0.6).mean()
+
+
+def _z_score(probe):
+    z = probe.logits
+    scores = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True, correction=0)
+    own = scores[torch.arange(len(z)), probe.targets]
+    return torch.log1p(torch.exp(2.0 * (1.0 - own))).mean() / 2.0
 
 
 def _adversarial():
@@ -76,5 +85,21 @@ CASES = {
         expected=_coverage,
         gradcheck=lambda: _function(direct_coverage_optimization, 4.0),
         logs=("reg/direct_coverage_optimization", "reg/direct_coverage_optimization_factor"),
+    ),
+    "SphericalZLoss": ContractCase(
+        # A share: steps are large beside the small logits of the host, and amplify rounding.
+        args={"strength": 0.3, "a": 2.0, "b": 1.0},
+        neutral={"strength": 0.0},
+        bad=[*_SHARE, {"a": 0.0}],
+        expected=_z_score,
+        gradcheck=lambda: _function(spherical_z_loss, 2.0),
+        logs=("reg/spherical_z_loss",),
+    ),
+    "PaLMZLoss": ContractCase(
+        args={"strength": 0.5},
+        neutral={"strength": 0.0},
+        bad=[{"strength": -1.0}],
+        expected=lambda probe: probe.logits.exp().sum(1).log().square().mean(),
+        gradcheck=lambda: (palm_z_loss, (_SCORES.clone().requires_grad_(),)),
     ),
 }
