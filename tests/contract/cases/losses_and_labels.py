@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from lightning_reg.techniques.language.earth_mover_token_loss import expected_distance
 from lightning_reg.techniques.outputs.comp_sum_loss import (
     comp_sum_loss,
     smooth_adversarial_comp_sum,
@@ -40,6 +41,11 @@ def _z_score(probe):
     scores = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True, correction=0)
     own = scores[torch.arange(len(z)), probe.targets]
     return torch.log1p(torch.exp(2.0 * (1.0 - own))).mean() / 2.0
+
+
+def _distance():
+    unit = F.normalize(_SCORES[:4, :3].detach(), dim=1)
+    return lambda z: expected_distance(z, _LABELS, unit), (_SCORES.clone().requires_grad_(),)
 
 
 def _adversarial():
@@ -101,5 +107,15 @@ CASES = {
         bad=[{"strength": -1.0}],
         expected=lambda probe: probe.logits.exp().sum(1).log().square().mean(),
         gradcheck=lambda: (palm_z_loss, (_SCORES.clone().requires_grad_(),)),
+    ),
+    "EarthMoverTokenLoss": ContractCase(
+        args={"head": "head"},
+        neutral={"strength": 0.0},
+        bad=[*_SHARE, {"head": ""}, {"cost": "moving"}],
+        bad_late=[{"head": "decoder"}],
+        # The value is that of the cross-entropy, whatever the distances.
+        expected=lambda probe: probe.loss,
+        gradcheck=_distance,
+        logs=("reg/earth_mover_token_loss", "reg/earth_mover_token_loss_distance"),
     ),
 }
