@@ -11,6 +11,7 @@ from lightning_reg.techniques.outputs.comp_sum_loss import (
 from lightning_reg.techniques.outputs.direct_coverage_optimization import (
     direct_coverage_optimization,
 )
+from lightning_reg.techniques.outputs.ens_loss import ens_loss
 from lightning_reg.techniques.outputs.palm_z_loss import palm_z_loss
 from lightning_reg.techniques.outputs.spherical_z_loss import spherical_z_loss
 from lightning_reg.testing import ContractCase
@@ -46,6 +47,13 @@ def _z_score(probe):
 def _distance():
     unit = F.normalize(_SCORES[:4, :3].detach(), dim=1)
     return lambda z: expected_distance(z, _LABELS, unit), (_SCORES.clone().requires_grad_(),)
+
+
+def _slopes():
+    """Slopes are held fixed, and margins below 1, where a slope is the same nearby."""
+    draws = _SCORES[:, 0].detach().clone()
+    margins = torch.tensor([-2.0, 0.3, -0.7, 0.9, -0.1], dtype=torch.float64, requires_grad=True)
+    return lambda z: ens_loss(z, draws, 0.5), (margins,)
 
 
 def _adversarial():
@@ -117,5 +125,12 @@ CASES = {
         expected=lambda probe: probe.loss,
         gradcheck=_distance,
         logs=("reg/earth_mover_token_loss", "reg/earth_mover_token_loss_distance"),
+    ),
+    "EnsLoss": ContractCase(
+        args={"box_cox": 0.5},
+        neutral={"strength": 0.0},
+        bad=[*_SHARE, {"box_cox": 1.5}, {"period": 0}],
+        gradcheck=_slopes,
+        logs=("reg/ens_loss", "reg/ens_loss_margin"),
     ),
 }
