@@ -122,6 +122,8 @@ class ActivationNoise(Regularizer):
     semantics: ClassVar[Semantics] = "local"
     reads: ClassVar[frozenset[str]] = frozenset({"features"})
     writes: ClassVar[frozenset[str]] = frozenset({"features"})
+    # Of a layer that returns a tuple, as blocks of transformers do, the first item is changed.
+    takes_tuples: ClassVar[bool] = False
 
     def __init__(
         self, strength: float | Schedule, *, layers: str | Sequence[str], name: str | None = None
@@ -158,9 +160,13 @@ class ActivationNoise(Regularizer):
                     cure=f"{type(self).__name__}(layers=[...])",
                 )
 
+    def noised(self, module: nn.Module) -> Sequence[str]:
+        """The names of the submodules whose outputs are changed: by default ``layers``."""
+        return self.layers
+
     def on_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the layers; a hook that came and went with each step would recompile them."""
-        for layer in self.layers:
+        for layer in self.noised(pl_module):
             module = pl_module.get_submodule(layer)
             self._handles.append(module.register_forward_hook(_NoiseHook(self, layer)))
 
@@ -182,6 +188,8 @@ class ActivationNoise(Regularizer):
         """What ``layer`` returns in place of ``output``: another tensor while a step runs."""
         if self._now is None:
             return output
+        if self.takes_tuples and isinstance(output, tuple) and output:
+            return (self.change(layer, output[0]), *output[1:])
         if not isinstance(output, Tensor):
             raise RegularizationError(
                 self,
