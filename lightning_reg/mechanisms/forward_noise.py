@@ -117,6 +117,7 @@ class ActivationNoise(Regularizer):
         strength: how much noise; 0 turns the technique off.
         layers: names of submodules whose output, a tensor, is changed.
         name: the name in logs, checkpoints and random streams.
+        others: arguments of the next base, where a technique has several.
     """
 
     semantics: ClassVar[Semantics] = "local"
@@ -126,9 +127,14 @@ class ActivationNoise(Regularizer):
     takes_tuples: ClassVar[bool] = False
 
     def __init__(
-        self, strength: float | Schedule, *, layers: str | Sequence[str], name: str | None = None
+        self,
+        strength: float | Schedule,
+        *,
+        layers: str | Sequence[str],
+        name: str | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(strength, name=name)
+        super().__init__(strength, name=name, **others)
         self.layers = [layers] if isinstance(layers, str) else list(layers)
         if not self.layers or not all(isinstance(layer, str) for layer in self.layers):
             raise ArgumentError(

@@ -8,6 +8,7 @@ from lightning_reg.techniques.noise.conditional_moe_routing import (
     routing_budget,
 )
 from lightning_reg.techniques.noise.expert_dropout import mask_tokens
+from lightning_reg.techniques.noise.noise_fit import noise_fit
 from lightning_reg.techniques.reweighting.phased_curriculum import curriculum_weights
 from lightning_reg.testing import ContractCase
 from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost
@@ -55,6 +56,12 @@ def _budget(probe):
     return abs(gates.mean() - 0.9)
 
 
+def _noisy_rows():
+    # The targets are detached, which finite differences would not know.
+    clean, first, second = torch.randn(3, 5, 4, dtype=torch.float64, generator=_GENERATOR)
+    return lambda x: noise_fit(clean, x, second, 0.5, 0.3, 2.0), (first.requires_grad_(),)
+
+
 CASES = {
     "ExpertDropout": ContractCase(
         args={"p": 0.5, "layers": "encoder.0.experts"},
@@ -71,6 +78,24 @@ CASES = {
         host=ConditionalHost,
         expected=_budget,
         gradcheck=lambda: (lambda x: routing_budget(x.mean(), 0.9), (_rows(),)),
+    ),
+    "NoiseFiT": ContractCase(
+        args={"strength": 20.0, "layers": ["encoder", "head"], "k": 1, "noise_std": 1.0},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -1.0},
+            {"layers": []},
+            {"k": 3},
+            {"k": 0},
+            {"choose": "middle"},
+            {"noise_std": 0.0},
+            {"beta": -1.0},
+            {"alpha": 0.0},
+            {"consistency": -0.1},
+            {"temperature": 0.0},
+        ],
+        bad_late=[{"layers": ["encoder", "no_such_layer"]}],
+        gradcheck=_noisy_rows,
     ),
     "PhasedCurriculum": ContractCase(
         args={"starts": [0.0, 2.0], "by": "step"},
