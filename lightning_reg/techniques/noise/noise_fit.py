@@ -112,8 +112,8 @@ def _divergence(target: Tensor, log_q: Tensor) -> Tensor:
 class NoiseFiT(ActivationNoise, LogitRows):
     """Soft cross-entropy and consistency under adaptive noise in selected layers (NoiseFiT).
 
-    Akhadangi, Shukla, et al. (2025), Noise Augmented Fine Tuning for Mitigating Hallucinations in
-    Large Language Models, arXiv:2504.03302.
+    Khadangi, Sartipi, Tchappi, Bahmani (2025), Noise Augmented Fine Tuning for Mitigating
+    Hallucinations in Large Language Models, arXiv:2504.03302.
 
     In the first step the ``k`` of the given layers with the largest (or lowest) signal-to-noise
     ratio are chosen for good. Every step is then run twice more with noise ``h~ = h + sigma N`` on
@@ -180,7 +180,7 @@ class NoiseFiT(ActivationNoise, LogitRows):
     papers: ClassVar[tuple[Paper, ...]] = (
         Paper(
             "Noise Augmented Fine Tuning for Mitigating Hallucinations in Large Language Models",
-            "Akhadangi et al.",
+            "Khadangi et al.",
             2025,
             "2504.03302",
         ),

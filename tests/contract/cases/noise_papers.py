@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from lightning_reg.techniques.inputs.learned_noise_mask import beta_log_density
 from lightning_reg.techniques.noise.conditional_moe_routing import (
     ConditionalMoE,
     routing_budget,
@@ -11,7 +12,7 @@ from lightning_reg.techniques.noise.expert_dropout import mask_tokens
 from lightning_reg.techniques.noise.noise_fit import noise_fit
 from lightning_reg.techniques.reweighting.phased_curriculum import curriculum_weights
 from lightning_reg.testing import ContractCase
-from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost
+from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost, ImageHost
 
 _GENERATOR = torch.Generator().manual_seed(0)
 _ROWS = torch.randn(5, 4, dtype=torch.float64, generator=_GENERATOR)
@@ -78,6 +79,29 @@ CASES = {
         host=ConditionalHost,
         expected=_budget,
         gradcheck=lambda: (lambda x: routing_budget(x.mean(), 0.9), (_rows(),)),
+    ),
+    "LearnedNoiseMask": ContractCase(
+        args={"grid": 4, "kernel": 3, "sigma": 1.0, "channels": 1},
+        neutral={"probability": 0.0},
+        bad=[
+            {"probability": 1.5},
+            {"grid": 0},
+            {"kernel": 4},
+            {"channels": 1.5},
+            {"policy": "resnet"},
+            {"sigma": 0.0},
+            {"lr": 0.0},
+            {"momentum": 1.0},
+            {"weight_decay": -1.0},
+            {"decay": 1.0},
+            {"average": 1.0},
+        ],
+        host=ImageHost,
+        gradcheck=lambda: (
+            lambda a, b: beta_log_density(a, b, _ROWS.sigmoid()),
+            (_rows(), (0.5 * _ROWS.flip(1)).requires_grad_()),
+        ),
+        logs=("reg/learned_noise_mask", "reg/learned_noise_mask_reward"),
     ),
     "NoiseFiT": ContractCase(
         args={"strength": 20.0, "layers": ["encoder", "head"], "k": 1, "noise_std": 1.0},
