@@ -180,7 +180,7 @@ class ActivationNoise(Regularizer):
 
     def change(self, layer: str, output: Any) -> Any:
         """What ``layer`` returns in place of ``output``: another tensor while a step runs."""
-        if self._now is None:
+        if self._now is None or self._now[0].evaluating:
             return output
         if not isinstance(output, Tensor):
             raise RegularizationError(
