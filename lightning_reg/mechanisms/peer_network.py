@@ -186,7 +186,7 @@ class PeerNetwork(Regularizer):
                 with _evaluating(step, module), torch.no_grad():
                     own = {n: p for n, p in module.named_parameters() if n in tensors}
                     looks = [self._logits(module, t, inputs) for t in (own, tensors)]
-                # It holds half-precision copies that were made without a graph.
+                # In older torch it holds half-precision copies that were made without a graph.
                 torch.clear_autocast_cache()
             if step.is_rerun:
                 for name, buffer in self._peer_buffers().items():

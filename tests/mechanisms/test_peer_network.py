@@ -62,6 +62,15 @@ def test_both_networks_train_as_each_would_alone():
     assert (weights(watch.peer) != weights(watch.module)[: len(weights(watch.peer))]).any()
 
 
+def test_buffers_follow_the_module_to_another_type():
+    technique = Beside()
+    watch = train(technique, Host(batch_norm=True), precision="64-true")
+    alone, _ = fit([], watch.peer, precision="64-true")
+    pairs = zip(technique.peer.named_buffers(), alone.named_buffers(), strict=True)
+    for (name, mine), (_, theirs) in pairs:
+        torch.testing.assert_close(mine, theirs, msg=name)
+
+
 def test_random_numbers_of_the_module_stay_its_own():
     module, _ = fit([Beside()], Host(dropout=0.5))
     alone, _ = fit([], Host(dropout=0.5))
