@@ -122,6 +122,7 @@ class Step(RunContext):
         self.outputs: Any = None
         self.loss: Tensor | None = None
         self.is_rerun = False
+        self.evaluating = False  # a technique asks networks in eval mode: noise stays away
         self.target_distribution: Tensor | None = None
         self.mixes: list[tuple[Tensor, Tensor]] = []
         self.mixers: list[Regularizer] = []

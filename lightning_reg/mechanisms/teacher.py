@@ -264,7 +264,7 @@ class Teacher(Regularizer):
         assert self.teacher is not None
         self.teacher.follow(pl_module, 1.0, comm)
         if self.source == "random":
-            _initialize_again(self.teacher.network, stream_seed(base_seed(), self.name, "teacher"))
+            initialize_again(self.teacher.network, stream_seed(base_seed(), self.name, "teacher"))
 
 
 def _first_weight(network: nn.Module) -> Tensor | None:
@@ -290,7 +290,7 @@ def _of_first_rank(buffers: list[Tensor], comm: Communicator) -> list[Tensor]:
     return taken
 
 
-def _initialize_again(network: nn.Module, seed: int) -> None:
+def initialize_again(network: nn.Module, seed: int) -> None:
     """New weights from a stream of their own; the global generator goes on as if unused."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     network.cpu()
@@ -303,4 +303,4 @@ def _initialize_again(network: nn.Module, seed: int) -> None:
     network.to(device)
 
 
-__all__ = ["FrozenNetwork", "Source", "Teacher"]
+__all__ = ["FrozenNetwork", "Source", "Teacher", "initialize_again"]
