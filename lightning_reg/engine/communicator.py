@@ -103,6 +103,18 @@ class Communicator:
             _, received = self._exchange(tensor, len(tensor), max(sizes))
         return [rows[:size] for rows, size in zip(received, sizes, strict=True)]
 
+    def stack(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks (R, ...), by rank; of one shape on all ranks. No gradient.
+
+        Where the shape is known to be the same it needs no host sync, unlike :meth:`gather_rows`.
+        """
+        own = tensor.detach().contiguous()
+        if self.world_size == 1:
+            return own.unsqueeze(0)
+        received = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(received, own, group=self.group)
+        return torch.stack(received)
+
     def reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
         """The sum, mean, minimum or maximum over ranks, of a tensor of one shape on all ranks.
 

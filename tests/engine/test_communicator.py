@@ -65,6 +65,19 @@ def gathered_together(sizes):
     return gather_together(_comm().gather, *parts)
 
 
+def stacked(values):
+    comm = _comm()
+    return comm.stack(values[comm.rank].requires_grad_())
+
+
+def test_tensors_of_one_shape_are_stacked_by_rank(ranks):
+    values = [torch.randn(2, 3), torch.randn(2, 3)]
+    for found in ranks.run(stacked, values):
+        assert torch.equal(found, torch.stack(values))
+        assert not found.requires_grad
+    assert torch.equal(Communicator().stack(values[0]), values[0][None])
+
+
 @pytest.mark.parametrize("sizes", [(4, 3), (7, 0), (0, 7)])
 def test_rows_of_several_types_come_whole_from_one_gather(ranks, sizes):
     expected = (ROWS[:, :1] > 0, ROWS.view(7, 3, 1).float(), ROWS[:, 0])
