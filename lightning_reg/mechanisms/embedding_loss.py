@@ -24,12 +24,93 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import MissingSignalError, RegularizationError, Regularizer, Step
-from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.errors import ArgumentError, owner_name
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
 
 DEFAULT_VIEWS = ("outputs.z1", "outputs.z2")
+
+
+class TwoViews:
+    """Finds the two views of each sample in a step.
+
+    Args:
+        owner: the technique, for messages.
+        views: where the views are; see :class:`EmbeddingLoss`.
+    """
+
+    def __init__(self, owner: object, views: str | Sequence[str]) -> None:
+        self.owner = owner_name(owner)
+        self.names = [views] if isinstance(views, str) else list(views)
+        good = all(isinstance(view, str) and view for view in self.names)
+        if not good or len(self.names) not in (1, 2) or len(set(self.names)) < len(self.names):
+            raise ArgumentError(
+                self.owner,
+                f"`views` must be one submodule or two different places, got {views!r}",
+                cure=f'{self.owner}(views=["outputs.z1", "outputs.z2"])',
+            )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The submodules to capture."""
+        return tuple(view for view in self.names if not view.startswith("outputs."))
+
+    def check(self, module: pl.LightningModule) -> None:
+        """Refuse a layer that is not there."""
+        known = [name for name, _ in module.named_modules() if name]
+        for layer in self.layers:
+            if module.automatic_optimization and layer not in known:
+                shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+                raise ArgumentError(
+                    self.owner,
+                    f"`views` names {layer!r}, which this module does not have; it has "
+                    f"{shown or 'no submodules'}",
+                    cure=f'{self.owner}(views="{known[0] if known else "encoder"}")',
+                )
+
+    def of(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Both views (B, ...) of this rank's samples, of one shape and in float32 at least."""
+        if len(self.names) == 2:
+            z1, z2 = (step.feature(name) for name in self.names)
+        else:
+            z1, z2 = self._of_one_layer(step, self.names[0])
+        if z1.shape != z2.shape:
+            raise RegularizationError(
+                self.owner,
+                "needs two views of the same samples and the same width, got "
+                f"{tuple(z1.shape)} and {tuple(z2.shape)}",
+                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
+            )
+        return z1, z2
+
+    def _of_one_layer(self, step: Step, layer: str) -> tuple[Tensor, Tensor]:
+        calls: Sequence[Any] = step.records.get(layer, ())
+        given = layer in self._given_features(step)
+        if len(calls) == 2 and not given and all(isinstance(call, Tensor) for call in calls):
+            return full_precision(calls[0]), full_precision(calls[1])
+        if len(calls) > 2 and not given:
+            raise MissingSignalError(
+                self.owner,
+                f"takes two `features` from {layer!r}, which the first {step.hook} called "
+                f"{len(calls)} times: once with both views, or once for each",
+                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
+            )
+        both = step.feature(layer)
+        if len(both) % 2:
+            raise RegularizationError(
+                self.owner,
+                f"halves the {len(both)} rows of {layer!r} into two views, which needs an even "
+                "number",
+                cure=f"z = self.{layer}(torch.cat([view1, view2]))",
+            )
+        z1, z2 = both.chunk(2)
+        return z1, z2
+
+    @staticmethod
+    def _given_features(step: Step) -> Any:
+        features = step.given.get("features")
+        return features if isinstance(features, dict) else {}
 
 
 class EmbeddingLoss(Regularizer):
@@ -58,20 +139,13 @@ class EmbeddingLoss(Regularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(strength, name=name)
-        names = [views] if isinstance(views, str) else list(views)
-        good = all(isinstance(view, str) and view for view in names)
-        if not good or len(names) not in (1, 2) or len(set(names)) < len(names):
-            raise ArgumentError(
-                self,
-                f"`views` must be one submodule or two different places, got {views!r}",
-                cure=f'{type(self).__name__}(views=["outputs.z1", "outputs.z2"])',
-            )
-        self.views = names
+        self._views = TwoViews(self, views)
+        self.views = self._views.names
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The submodules to capture."""
-        return tuple(view for view in self.views if not view.startswith("outputs."))
+        return self._views.layers
 
     @abstractmethod
     def value(self, z1: Tensor, z2: Tensor) -> Tensor:
@@ -79,20 +153,13 @@ class EmbeddingLoss(Regularizer):
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there."""
-        known = [name for name, _ in pl_module.named_modules() if name]
-        for layer in self.layers:
-            if pl_module.automatic_optimization and layer not in known:
-                shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-                raise ArgumentError(
-                    self,
-                    f"`views` names {layer!r}, which this module does not have; it has "
-                    f"{shown or 'no submodules'}",
-                    cure=f'{type(self).__name__}(views="{known[0] if known else "encoder"}")',
-                )
+        self._views.check(pl_module)
 
     def penalty(self, step: Step) -> Tensor:
         """Phase 4."""
-        z1, z2 = self._two_views(step)
+        z1, z2 = self._views.of(step)
+        for view in (z1, z2):
+            self._check_rows(view)
         width = z1.shape[1]
         # One gather keeps the rows of a sample together.
         rows = step.comm.gather(torch.cat([z1, z2], 1))
@@ -101,56 +168,13 @@ class EmbeddingLoss(Regularizer):
             return 0.0 * rows.sum()
         return self.value(rows[:, :width], rows[:, width:])
 
-    def _two_views(self, step: Step) -> tuple[Tensor, Tensor]:
-        if len(self.views) == 2:
-            z1, z2 = (self._rows(step.feature(view)) for view in self.views)
-        else:
-            z1, z2 = self._of_one_layer(step, self.views[0])
-        if z1.shape != z2.shape:
-            raise RegularizationError(
-                self,
-                "needs two views of the same samples and the same width, got "
-                f"{tuple(z1.shape)} and {tuple(z2.shape)}",
-                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
-            )
-        return z1, z2
-
-    def _of_one_layer(self, step: Step, layer: str) -> tuple[Tensor, Tensor]:
-        calls: Sequence[Any] = step.records.get(layer, ())
-        given = layer in self._given_features(step)
-        if len(calls) == 2 and not given and all(isinstance(call, Tensor) for call in calls):
-            return self._rows(full_precision(calls[0])), self._rows(full_precision(calls[1]))
-        if len(calls) > 2 and not given:
-            raise MissingSignalError(
-                self,
-                f"takes two `features` from {layer!r}, which the first {step.hook} called "
-                f"{len(calls)} times: once with both views, or once for each",
-                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
-            )
-        both = self._rows(step.feature(layer))
-        if len(both) % 2:
-            raise RegularizationError(
-                self,
-                f"halves the {len(both)} rows of {layer!r} into two views, which needs an even "
-                "number",
-                cure=f"z = self.{layer}(torch.cat([view1, view2]))",
-            )
-        z1, z2 = both.chunk(2)
-        return z1, z2
-
-    @staticmethod
-    def _given_features(step: Step) -> Any:
-        features = step.given.get("features")
-        return features if isinstance(features, dict) else {}
-
-    def _rows(self, view: Tensor) -> Tensor:
+    def _check_rows(self, view: Tensor) -> None:
         if view.ndim != 2:
             raise RegularizationError(
                 self,
                 f"needs embeddings (B, d), got {tuple(view.shape)}",
                 cure="z = z.flatten(1)",
             )
-        return view
 
 
-__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss"]
+__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews"]
