@@ -5,6 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_reg.techniques.reweighting.ada_wac import ada_wac
+from lightning_reg.techniques.reweighting.neural_collapse_regularizer import (
+    class_compactness,
+    class_separation,
+)
 from lightning_reg.testing import ContractCase
 from lightning_reg.testing.hosts import ClassifierHost
 
@@ -43,6 +47,16 @@ def _ada_wac_function():
     return lambda a, b: ada_wac(odds, a, b), (supervised, consistency)
 
 
+def _collapse_function():
+    features, means = _random((6, 3), (4, 3))
+    labels = F.one_hot(torch.tensor([0, 0, 1, 3, 0, 1]), 4).double()
+
+    def both(h, mu):
+        return class_compactness(h, mu, labels) + class_separation(mu)
+
+    return both, (features, means)
+
+
 CASES = {
     "AdaWAC": ContractCase(
         args={"strength": 2.0, "views": VIEWS},
@@ -59,5 +73,20 @@ CASES = {
         expected=_ada_wac_value,
         gradcheck=_ada_wac_function,
         logs=("reg/ada_wac", "reg/ada_wac_supervised"),
+    ),
+    "NeuralCollapseRegularizer": ContractCase(
+        args={"strength": 0.5, "num_classes": 4, "layer": "encoder"},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -1.0},
+            {"num_classes": 1},
+            {"separation": -1.0},
+            {"alpha": 0.0},
+            {"alpha": 4.0},
+            {"pooling": "max"},
+        ],
+        bad_late=[{"layer": "no_such_layer"}, {"layer": None}],
+        gradcheck=_collapse_function,
+        logs=("reg/neural_collapse_regularizer", "reg/neural_collapse_regularizer_angle"),
     ),
 }
