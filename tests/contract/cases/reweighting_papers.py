@@ -5,12 +5,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_reg.techniques.reweighting.ada_wac import ada_wac
+from lightning_reg.techniques.reweighting.class_gaussian_calibration import calibrated_gaussians
 from lightning_reg.techniques.reweighting.neural_collapse_regularizer import (
     class_compactness,
     class_separation,
 )
+from lightning_reg.techniques.reweighting.slice_discovery_rebalancing import slice_gaps
 from lightning_reg.testing import ContractCase
-from lightning_reg.testing.hosts import ClassifierHost
+from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost
 
 VIEWS = ["first", "second"]
 
@@ -57,6 +59,29 @@ def _collapse_function():
     return both, (features, means)
 
 
+def _gaussians():
+    means, factors = _random((3, 2), (3, 2, 2))
+    counts = torch.tensor([9.0, 3.0, 1.0], dtype=torch.float64)
+    return lambda m, f: calibrated_gaussians(m, f @ f.mT, counts, 2), (means, factors)
+
+
+def _gaps():
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(12, dtype=torch.float64, generator=generator).requires_grad_()
+    scores = torch.randn(12, 2, dtype=torch.float64, generator=generator)
+    return lambda r: slice_gaps(r, torch.arange(12) % 3, scores, 3), (right,)
+
+
+def _gaps():
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(12, dtype=torch.float64, generator=generator).requires_grad_()
+    scores = torch.randn(12, 2, dtype=torch.float64, generator=generator)
+    return lambda r: slice_gaps(r, torch.arange(12) % 3, scores, 3), (right,)
+
+
+_HEAD = [{"head": ""}, {"data": "test"}, {"weight_decay": -1.0}, {"max_iter": -1}]
+_NO_HEAD = [{"head": "no_such_layer"}, {"head": "encoder"}]
+
 CASES = {
     "AdaWAC": ContractCase(
         args={"strength": 2.0, "views": VIEWS},
@@ -88,5 +113,43 @@ CASES = {
         bad_late=[{"layer": "no_such_layer"}, {"layer": None}],
         gradcheck=_collapse_function,
         logs=("reg/neural_collapse_regularizer", "reg/neural_collapse_regularizer_angle"),
+    ),
+    "ClassGaussianCalibration": ContractCase(
+        args={"head": "head", "contamination": 0.2, "weight_decay": 0.1},
+        neutral={"max_iter": 0},
+        bad=[
+            *_HEAD,
+            {"outliers": "all"},
+            {"contamination": 0.6},
+            {"gamma": 1.5},
+            {"neighbours": 0},
+            {"alpha": -1.0},
+            {"max_per_class": -1},
+        ],
+        bad_late=_NO_HEAD,
+        gradcheck=_gaussians,
+        logs=(),
+    ),
+    "SliceDiscoveryRebalancing": ContractCase(
+        args={
+            "head": "head",
+            "attributes": "batch.domain",
+            "data": "train",
+            "min_gap": 0.0,
+            "weight_decay": 0.1,
+        },
+        neutral={"max_iter": 0},
+        bad=[
+            *_HEAD,
+            {"attributes": "domain"},
+            {"min_gap": 1.5},
+            {"max_attributes": 0},
+            {"limit": 0},
+            {"combine": "all"},
+        ],
+        bad_late=_NO_HEAD,
+        host=DictBatchHost,
+        gradcheck=_gaps,
+        logs=(),
     ),
 }
