@@ -24,7 +24,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_reg.engine import MissingSignalError, RegularizationError, Regularizer, Step
-from lightning_reg.engine.errors import ArgumentError
+from lightning_reg.engine.errors import ArgumentError, owner_name
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
@@ -33,8 +33,94 @@ from lightning_reg.mechanisms.joint_rows import joint_rows
 DEFAULT_VIEWS = ("outputs.z1", "outputs.z2")
 
 
+<<<<<<< HEAD
 class TwoViews(Regularizer):
     """Base of techniques that take two embeddings of each sample.
+=======
+class TwoViews:
+    """Finds the two views of each sample in a step.
+
+    Args:
+        owner: the technique, for messages.
+        views: where the views are; see :class:`EmbeddingLoss`.
+    """
+
+    def __init__(self, owner: object, views: str | Sequence[str]) -> None:
+        self.owner = owner_name(owner)
+        self.names = [views] if isinstance(views, str) else list(views)
+        good = all(isinstance(view, str) and view for view in self.names)
+        if not good or len(self.names) not in (1, 2) or len(set(self.names)) < len(self.names):
+            raise ArgumentError(
+                self.owner,
+                f"`views` must be one submodule or two different places, got {views!r}",
+                cure=f'{self.owner}(views=["outputs.z1", "outputs.z2"])',
+            )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The submodules to capture."""
+        return tuple(view for view in self.names if not view.startswith("outputs."))
+
+    def check(self, module: pl.LightningModule) -> None:
+        """Refuse a layer that is not there."""
+        known = [name for name, _ in module.named_modules() if name]
+        for layer in self.layers:
+            if module.automatic_optimization and layer not in known:
+                shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+                raise ArgumentError(
+                    self.owner,
+                    f"`views` names {layer!r}, which this module does not have; it has "
+                    f"{shown or 'no submodules'}",
+                    cure=f'{self.owner}(views="{known[0] if known else "encoder"}")',
+                )
+
+    def of(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Both views (B, ...) of this rank's samples, of one shape and in float32 at least."""
+        if len(self.names) == 2:
+            z1, z2 = (step.feature(name) for name in self.names)
+        else:
+            z1, z2 = self._of_one_layer(step, self.names[0])
+        if z1.shape != z2.shape:
+            raise RegularizationError(
+                self.owner,
+                "needs two views of the same samples and the same width, got "
+                f"{tuple(z1.shape)} and {tuple(z2.shape)}",
+                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
+            )
+        return z1, z2
+
+    def _of_one_layer(self, step: Step, layer: str) -> tuple[Tensor, Tensor]:
+        calls: Sequence[Any] = step.records.get(layer, ())
+        given = layer in self._given_features(step)
+        if len(calls) == 2 and not given and all(isinstance(call, Tensor) for call in calls):
+            return full_precision(calls[0]), full_precision(calls[1])
+        if len(calls) > 2 and not given:
+            raise MissingSignalError(
+                self.owner,
+                f"takes two `features` from {layer!r}, which the first {step.hook} called "
+                f"{len(calls)} times: once with both views, or once for each",
+                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
+            )
+        both = step.feature(layer)
+        if len(both) % 2:
+            raise RegularizationError(
+                self.owner,
+                f"halves the {len(both)} rows of {layer!r} into two views, which needs an even "
+                "number",
+                cure=f"z = self.{layer}(torch.cat([view1, view2]))",
+            )
+        z1, z2 = both.chunk(2)
+        return z1, z2
+
+    @staticmethod
+    def _given_features(step: Step) -> Any:
+        features = step.given.get("features")
+        return features if isinstance(features, dict) else {}
+
+
+class EmbeddingLoss(Regularizer):
+    """Base of losses on two views of each sample.
+>>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
 
     Args:
         strength: the multiplier.
@@ -60,6 +146,7 @@ class TwoViews(Regularizer):
         name: str | None = None,
         **others: Any,
     ) -> None:
+<<<<<<< HEAD
         super().__init__(strength, name=name, **others)
         names = [views] if isinstance(views, str) else list(views)
         good = all(isinstance(view, str) and view for view in names)
@@ -70,14 +157,20 @@ class TwoViews(Regularizer):
                 cure=f'{type(self).__name__}(views=["outputs.z1", "outputs.z2"])',
             )
         self.views = names
+=======
+        super().__init__(strength, name=name)
+        self._views = TwoViews(self, views)
+        self.views = self._views.names
+>>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The submodules to capture."""
-        return tuple(view for view in self.views if not view.startswith("outputs."))
+        return self._views.layers
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there."""
+<<<<<<< HEAD
         super().validate(trainer, pl_module)
         known = [name for name, _ in pl_module.named_modules() if name]
         for layer in self.layers:
@@ -101,59 +194,33 @@ class TwoViews(Regularizer):
             The positions (B,) of this rank's samples among all N, and the tensors (N, ...).
         """
         return joint_rows(step.comm, *self._two_views(step), *companions)
+=======
+        self._views.check(pl_module)
 
-    def _two_views(self, step: Step) -> tuple[Tensor, Tensor]:
-        if len(self.views) == 2:
-            z1, z2 = (self._rows(step.feature(view)) for view in self.views)
-        else:
-            z1, z2 = self._of_one_layer(step, self.views[0])
-        if z1.shape != z2.shape:
-            raise RegularizationError(
-                self,
-                "needs two views of the same samples and the same width, got "
-                f"{tuple(z1.shape)} and {tuple(z2.shape)}",
-                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
-            )
-        return z1, z2
+    def penalty(self, step: Step) -> Tensor:
+        """Phase 4."""
+        z1, z2 = self._views.of(step)
+        for view in (z1, z2):
+            self._check_rows(view)
+        width = z1.shape[1]
+        # One gather keeps the rows of a sample together.
+        rows = step.comm.gather(torch.cat([z1, z2], 1))
+        if len(rows) < 2:
+            # The rest of an epoch may be one sample, which has nothing to be compared with.
+            return 0.0 * rows.sum()
+        return self.value(rows[:, :width], rows[:, width:])
+>>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
 
-    def _of_one_layer(self, step: Step, layer: str) -> tuple[Tensor, Tensor]:
-        calls: Sequence[Any] = step.records.get(layer, ())
-        given = layer in self._given_features(step)
-        if len(calls) == 2 and not given and all(isinstance(call, Tensor) for call in calls):
-            return self._rows(full_precision(calls[0])), self._rows(full_precision(calls[1]))
-        if len(calls) > 2 and not given:
-            raise MissingSignalError(
-                self,
-                f"takes two `features` from {layer!r}, which the first {step.hook} called "
-                f"{len(calls)} times: once with both views, or once for each",
-                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
-            )
-        both = self._rows(step.feature(layer))
-        if len(both) % 2:
-            raise RegularizationError(
-                self,
-                f"halves the {len(both)} rows of {layer!r} into two views, which needs an even "
-                "number",
-                cure=f"z = self.{layer}(torch.cat([view1, view2]))",
-            )
-        z1, z2 = both.chunk(2)
-        return z1, z2
-
-    @staticmethod
-    def _given_features(step: Step) -> Any:
-        features = step.given.get("features")
-        return features if isinstance(features, dict) else {}
-
-    def _rows(self, view: Tensor) -> Tensor:
+    def _check_rows(self, view: Tensor) -> None:
         if view.ndim != 2:
             raise RegularizationError(
                 self,
                 f"needs embeddings (B, d), got {tuple(view.shape)}",
                 cure="z = z.flatten(1)",
             )
-        return view
 
 
+<<<<<<< HEAD
 class EmbeddingLoss(TwoViews):
     """Base of losses that are one number of both views of the joint batch; see `TwoViews`."""
 
@@ -170,4 +237,6 @@ class EmbeddingLoss(TwoViews):
         return self.value(z1, z2)
 
 
+=======
+>>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
 __all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews"]

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Step
+from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Signals, Step
 from lightning_reg.engine.errors import ArgumentError, owner_name
 from lightning_reg.engine.technique import Semantics
 
@@ -26,8 +26,8 @@ Pooling = Literal["mean", "flatten", "positions", "first"]
 _POOLING = ("mean", "flatten", "positions", "first")
 
 
-class FeaturePenalty(Regularizer):
-    """Base of penalties on the features of all samples of all ranks.
+class FeatureRows(Regularizer):
+    """Base of techniques that read the output of one layer as rows (N, d).
 
     Args:
         strength: the multiplier.
@@ -39,6 +39,7 @@ class FeaturePenalty(Regularizer):
             a row; ``"first"``: the first position (a class token).
         feature_dim: where the features lie in outputs of more than two dimensions; by default
             last in three dimensions (B, T, d) and second in more (B, d, H, W).
+        signals: where other tensors are that the technique reads.
         name: the name in logs and checkpoints.
     """
 
@@ -53,9 +54,10 @@ class FeaturePenalty(Regularizer):
         layer: str | None = None,
         pooling: Pooling = "mean",
         feature_dim: int | None = None,
+        signals: Signals | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(strength, name=name)
+        super().__init__(strength, signals=signals, name=name)
         owner = type(self).__name__
         if layer is not None and (not isinstance(layer, str) or not layer):
             problem = f"`layer` must be the name of a submodule, got {layer!r}"
@@ -76,10 +78,6 @@ class FeaturePenalty(Regularizer):
         """The submodules to capture."""
         return () if self.layer is None else (self.layer,)
 
-    @abstractmethod
-    def value(self, features: Tensor) -> Tensor:
-        """The penalty, a scalar, of the rows (N, d) of all ranks."""
-
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there, and no layer where none is handed over."""
         if self.layer is None:
@@ -88,10 +86,9 @@ class FeaturePenalty(Regularizer):
         elif not self.layer.startswith("outputs."):
             check_layer(self, self.layer, pl_module)
 
-    def penalty(self, step: Step) -> Tensor:
-        """Phase 4."""
-        features = step.feature(self.layer or "features")
-        return self.value(step.comm.gather(self._rows(features)))
+    def feature_rows(self, step: Step) -> Tensor:
+        """The rows (N, d) of this rank, with a graph."""
+        return self._rows(step.feature(self.layer or "features"))
 
     def _rows(self, features: Tensor) -> Tensor:
         if features.ndim == 2:
@@ -134,6 +131,18 @@ def positions(owner: object, features: Tensor, feature_dim: int | None = None) -
     return features.movedim(dim, -1).flatten(1, -2)
 
 
+class FeaturePenalty(FeatureRows):
+    """Base of penalties on the features of all samples of all ranks; see :class:`FeatureRows`."""
+
+    @abstractmethod
+    def value(self, features: Tensor) -> Tensor:
+        """The penalty, a scalar, of the rows (N, d) of all ranks."""
+
+    def penalty(self, step: Step) -> Tensor:
+        """Phase 4."""
+        return self.value(step.comm.gather(self.feature_rows(step)))
+
+
 def check_layer(owner: object, layer: str | None, module: nn.Module, also: str = "") -> None:
     """Raise :class:`ArgumentError` unless ``layer`` names a submodule.
 
@@ -160,4 +169,8 @@ def _few(names: list[str], limit: int = 12) -> str:
     return shown + (", ..." if len(names) > limit else "")
 
 
+<<<<<<< HEAD
 __all__ = ["FeaturePenalty", "Pooling", "check_layer", "positions"]
+=======
+__all__ = ["FeaturePenalty", "FeatureRows", "Pooling", "check_layer"]
+>>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
