@@ -33,16 +33,12 @@ from lightning_reg.mechanisms.joint_rows import joint_rows
 DEFAULT_VIEWS = ("outputs.z1", "outputs.z2")
 
 
-<<<<<<< HEAD
-class TwoViews(Regularizer):
-    """Base of techniques that take two embeddings of each sample.
-=======
-class TwoViews:
+class ViewFinder:
     """Finds the two views of each sample in a step.
 
     Args:
         owner: the technique, for messages.
-        views: where the views are; see :class:`EmbeddingLoss`.
+        views: where the views are; see :class:`TwoViews`.
     """
 
     def __init__(self, owner: object, views: str | Sequence[str]) -> None:
@@ -118,9 +114,8 @@ class TwoViews:
         return features if isinstance(features, dict) else {}
 
 
-class EmbeddingLoss(Regularizer):
-    """Base of losses on two views of each sample.
->>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
+class TwoViews(Regularizer):
+    """Base of techniques that take two embeddings of each sample.
 
     Args:
         strength: the multiplier.
@@ -146,22 +141,9 @@ class EmbeddingLoss(Regularizer):
         name: str | None = None,
         **others: Any,
     ) -> None:
-<<<<<<< HEAD
         super().__init__(strength, name=name, **others)
-        names = [views] if isinstance(views, str) else list(views)
-        good = all(isinstance(view, str) and view for view in names)
-        if not good or len(names) not in (1, 2) or len(set(names)) < len(names):
-            raise ArgumentError(
-                self,
-                f"`views` must be one submodule or two different places, got {views!r}",
-                cure=f'{type(self).__name__}(views=["outputs.z1", "outputs.z2"])',
-            )
-        self.views = names
-=======
-        super().__init__(strength, name=name)
-        self._views = TwoViews(self, views)
+        self._views = ViewFinder(self, views)
         self.views = self._views.names
->>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -170,18 +152,8 @@ class EmbeddingLoss(Regularizer):
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there."""
-<<<<<<< HEAD
         super().validate(trainer, pl_module)
-        known = [name for name, _ in pl_module.named_modules() if name]
-        for layer in self.layers:
-            if pl_module.automatic_optimization and layer not in known:
-                shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-                raise ArgumentError(
-                    self,
-                    f"`views` names {layer!r}, which this module does not have; it has "
-                    f"{shown or 'no submodules'}",
-                    cure=f'{type(self).__name__}(views="{known[0] if known else "encoder"}")',
-                )
+        self._views.check(pl_module)
 
     def joint_views(self, step: Step, *companions: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Both views, and what goes with them, of the samples of all ranks, by one gather.
@@ -194,22 +166,12 @@ class EmbeddingLoss(Regularizer):
             The positions (B,) of this rank's samples among all N, and the tensors (N, ...).
         """
         return joint_rows(step.comm, *self._two_views(step), *companions)
-=======
-        self._views.check(pl_module)
 
-    def penalty(self, step: Step) -> Tensor:
-        """Phase 4."""
+    def _two_views(self, step: Step) -> tuple[Tensor, Tensor]:
         z1, z2 = self._views.of(step)
         for view in (z1, z2):
             self._check_rows(view)
-        width = z1.shape[1]
-        # One gather keeps the rows of a sample together.
-        rows = step.comm.gather(torch.cat([z1, z2], 1))
-        if len(rows) < 2:
-            # The rest of an epoch may be one sample, which has nothing to be compared with.
-            return 0.0 * rows.sum()
-        return self.value(rows[:, :width], rows[:, width:])
->>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
+        return z1, z2
 
     def _check_rows(self, view: Tensor) -> None:
         if view.ndim != 2:
@@ -220,7 +182,6 @@ class EmbeddingLoss(Regularizer):
             )
 
 
-<<<<<<< HEAD
 class EmbeddingLoss(TwoViews):
     """Base of losses that are one number of both views of the joint batch; see `TwoViews`."""
 
@@ -237,6 +198,4 @@ class EmbeddingLoss(TwoViews):
         return self.value(z1, z2)
 
 
-=======
->>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
-__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews"]
+__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews", "ViewFinder"]

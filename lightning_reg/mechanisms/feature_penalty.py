@@ -169,8 +169,4 @@ def _few(names: list[str], limit: int = 12) -> str:
     return shown + (", ..." if len(names) > limit else "")
 
 
-<<<<<<< HEAD
-__all__ = ["FeaturePenalty", "Pooling", "check_layer", "positions"]
-=======
-__all__ = ["FeaturePenalty", "FeatureRows", "Pooling", "check_layer"]
->>>>>>> e09ad79813a52fede3e0e4ba5face563147dcc4f
+__all__ = ["FeaturePenalty", "FeatureRows", "Pooling", "check_layer", "positions"]
