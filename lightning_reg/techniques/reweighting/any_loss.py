@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_reg.engine import Paper, Schedule, Signals
 from lightning_reg.engine.errors import ArgumentError, check_range
-from lightning_reg.mechanisms.confusion_loss import ConfusionLoss, Counts, Task
+from lightning_reg.mechanisms.class_scores import Task
+from lightning_reg.mechanisms.confusion_loss import ConfusionLoss, Counts
 
 __all__ = ["AnyLoss", "any_loss"]
 

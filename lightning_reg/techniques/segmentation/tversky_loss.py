@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_reg.engine import Paper, Schedule, Signals
 from lightning_reg.engine.errors import check_range
-from lightning_reg.mechanisms.confusion_loss import ConfusionLoss, Counts, Over, Task
+from lightning_reg.mechanisms.class_scores import Task
+from lightning_reg.mechanisms.confusion_loss import ConfusionLoss, Counts, Over
 
 __all__ = ["TverskyLoss", "tversky_loss"]
 

@@ -3,11 +3,16 @@
 import torch
 import torch.nn.functional as F
 
+from lightning_reg.techniques.contrastive.mann_whitney_loss import mann_whitney_loss
+from lightning_reg.techniques.labels.bag_instance_interpolation import bag_instance_interpolation
 from lightning_reg.techniques.reweighting.any_loss import any_loss
 from lightning_reg.techniques.segmentation.self_adjusting_dice_loss import self_adjusting_dice_loss
 from lightning_reg.techniques.segmentation.soft_dice_loss import soft_dice_loss
 from lightning_reg.techniques.segmentation.tversky_loss import tversky_loss
 from lightning_reg.testing import ContractCase
+from lightning_reg.testing.host import SAMPLES, TensorItems
+from lightning_reg.testing.hosts import DictBatchHost
+from tests.contract.cases.contrastive import VIEWS, TwoViewHost
 
 _BAD_COUNTS = [
     {"strength": -1.0},
@@ -35,7 +40,90 @@ def _probabilities(function, *args):
     return lambda: (lambda p: function(p, labels, *args), (p.requires_grad_(),))
 
 
+def _ranked_classes(probe):
+    """One against the rest, by log odds."""
+    log_p = probe.logits.log_softmax(1)
+    odds = log_p - torch.log1p(-log_p.exp())
+    values = [
+        mann_whitney_loss(odds[probe.targets == c, c], odds[probe.targets != c, c], 0.5)
+        for c in probe.targets.unique()
+    ]
+    return torch.stack(values).mean()
+
+
+def _ranked_views(probe):
+    z1, z2 = (F.normalize(probe.features[view], dim=1) for view in VIEWS)
+    scores, same = z1 @ z2.T, torch.eye(len(z1), dtype=torch.bool)
+    return mann_whitney_loss(scores[same], scores[~same], 0.1)
+
+
+def _scores():
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(n, dtype=torch.float64, generator=generator) for n in (4, 3)]
+    return lambda a, b: mann_whitney_loss(a, b, 0.5), tuple(s.requires_grad_() for s in draw)
+
+
+class BagHost(DictBatchHost):
+    """Predicts four numbers of a sample, of which only the mean of each of five bags is known."""
+
+    @staticmethod
+    def dataset(options):
+        """Inputs, responses and bags by name."""
+        x = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(1))
+        bag = torch.arange(SAMPLES) % 5
+        single = torch.sin(x[:, :4] + x[:, 4:])
+        y = torch.stack([single[bag == b].mean(0) for b in range(5)])[bag]
+        if options.omit == "inputs":
+            return TensorItems(("first", "second", "domain"), x, y, bag)
+        fields = {"x": x, "y": y, "domain": bag}
+        missing = {"targets": "y", "domain": "domain"}.get(options.omit)
+        fields.pop(missing, None)
+        return TensorItems(tuple(fields), *fields.values())
+
+
+def _bags(probe):
+    # The first batch, in order.
+    return bag_instance_interpolation(probe.logits, probe.targets, probe.index % 5, 0.3)
+
+
+def _predictions():
+    generator = torch.Generator().manual_seed(0)
+    f, y = torch.randn(2, 6, 2, dtype=torch.float64, generator=generator)
+    bags = torch.tensor([0, 1, 0, 1, 1, 2])
+    return lambda f: bag_instance_interpolation(f, y, bags, 0.3), (f.requires_grad_(),)
+
+
 CASES = {
+    "BagInstanceInterpolation": ContractCase(
+        args={"strength": 2.0, "rho": 0.3},
+        neutral={"strength": 0.0},
+        bad=[{"strength": -1.0}, {"rho": 1.1}, {"rho": -0.1}, {"task": "binary"}],
+        host=BagHost,
+        expected=_bags,
+        gradcheck=_predictions,
+    ),
+    "MannWhitneyLoss": ContractCase(
+        args={"strength": 2.0, "temperature": 0.5},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -1.0},
+            {"temperature": 0.0},
+            {"task": "binary"},
+            {"classes": []},
+            {"class_dim": "last"},
+        ],
+        expected=_ranked_classes,
+        gradcheck=_scores,
+    ),
+    "MannWhitneyContrastive": ContractCase(
+        args={"strength": 0.1, "views": VIEWS},
+        neutral={"strength": 0.0},
+        bad=[{"temperature": 0.0}, {"views": []}],
+        bad_late=[{"views": "no_such_layer"}],
+        host=TwoViewHost,
+        expected=_ranked_views,
+        gradcheck=_scores,
+    ),
     "SoftDiceLoss": ContractCase(
         args={"strength": 4.0, "over": "batch"},
         neutral={"strength": 0.0},

@@ -68,8 +68,10 @@ def test_tversky_with_equal_prices_is_dice():
 
 
 def test_tversky_of_decisions_is_a_known_score():
-    p, y = (fixed(40) > 0.5).double(), (fixed(40) + fixed(80)[40:] > 1.0).double()
-    assert 0 < (p * y).sum() < min(p.sum(), y.sum())
+    p, y = (fixed(40) > 0.5).double(), (fixed(40) + fixed(80)[40:] > 0).double()
+    hits, chosen, true = (p * y).sum(), p.sum(), y.sum()
+    assert 0 < hits < min(chosen, true)
+    assert chosen != true
 
     def loss(alpha, beta):
         return tversky_loss(p[:, None], y[:, None], alpha, beta, 1e-12).item()
