@@ -5,6 +5,13 @@ import torch.nn.functional as F
 
 from lightning_reg.techniques.contrastive.mann_whitney_loss import mann_whitney_loss
 from lightning_reg.techniques.labels.bag_instance_interpolation import bag_instance_interpolation
+from lightning_reg.techniques.labels.score_distribution_soft_label import (
+    score_distribution_soft_label,
+)
+from lightning_reg.techniques.labels.thurstone_fidelity_loss import (
+    _mean_and_std,
+    thurstone_fidelity_loss,
+)
 from lightning_reg.techniques.reweighting.any_loss import any_loss
 from lightning_reg.techniques.segmentation.self_adjusting_dice_loss import self_adjusting_dice_loss
 from lightning_reg.techniques.segmentation.soft_dice_loss import soft_dice_loss
@@ -93,7 +100,84 @@ def _predictions():
     return lambda f: bag_instance_interpolation(f, y, bags, 0.3), (f.requires_grad_(),)
 
 
+class ScoreHost(DictBatchHost):
+    """Classifies samples into the level next to a score of 1 to 4."""
+
+    @staticmethod
+    def dataset(options):
+        """Inputs, levels, scores, their deviations and two domains by name."""
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(SAMPLES, 8, generator=generator)
+        score = 1 + 3 * torch.rand(SAMPLES, generator=generator)
+        spread = 0.3 + torch.rand(SAMPLES, generator=generator)
+        level, domain = score.round().long() - 1, torch.arange(SAMPLES) % 2
+        first, second = ("first", "second") if options.omit == "inputs" else ("x", "y")
+        fields = {first: x, second: level, "score": score, "spread": spread, "domain": domain}
+        fields.pop({"targets": "y", "domain": "domain"}.get(options.omit), None)
+        return TensorItems(tuple(fields), *fields.values())
+
+
+def _preferred(probe):
+    batch = [ScoreHost.dataset(probe.module.options)[i] for i in probe.index.tolist()]
+    score, spread, domain = (
+        torch.stack([sample[key] for sample in batch]) for key in ("score", "spread", "domain")
+    )
+    mean, std = _mean_and_std(probe.logits, torch.arange(1.0, 5.0, dtype=probe.logits.dtype))
+    losses = thurstone_fidelity_loss(mean, std, score.to(mean), spread.to(mean))
+    pairs = (domain.unsqueeze(1) == domain) & ~torch.eye(len(mean), dtype=torch.bool)
+    return losses[pairs].mean()
+
+
+def _four(low, high, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return low + (high - low) * torch.rand(4, dtype=torch.float64, generator=generator)
+
+
 CASES = {
+    "ScoreDistributionSoftLabel": ContractCase(
+        args={"strength": 0.8, "mean": "batch.score", "std": "batch.spread"},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": 1.1},
+            {"mean": "score"},
+            {"std": -1.0},
+            {"score_range": [5.0, 1.0]},
+            {"score_range": [1.0]},
+            {"density": "mass"},
+            {"min_std": -1.0},
+            {"max_shift": -1.0},
+            {"replaces": "all"},
+        ],
+        host=ScoreHost,
+        gradcheck=lambda: (
+            lambda mean, std: score_distribution_soft_label(
+                mean, std, torch.arange(1.0, 6.0, dtype=torch.float64)
+            ),
+            (_four(2.2, 2.9, 0).requires_grad_(), _four(0.5, 0.8, 1).requires_grad_()),
+        ),
+    ),
+    "ThurstoneFidelityLoss": ContractCase(
+        args={
+            "strength": 4.0,
+            "true_mean": "batch.score",
+            "true_std": "batch.spread",
+            "groups": True,
+        },
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -1.0},
+            {"true_mean": "score"},
+            {"true_std": -1.0},
+            {"std": 0.0},
+            {"score_range": [2.0, 2.0]},
+        ],
+        host=ScoreHost,
+        expected=_preferred,
+        gradcheck=lambda: (
+            lambda mean, std: thurstone_fidelity_loss(mean, std, _four(1, 4, 2), _four(0, 1, 3)),
+            (_four(1, 4, 0).requires_grad_(), _four(0.2, 1, 1).requires_grad_()),
+        ),
+    ),
     "BagInstanceInterpolation": ContractCase(
         args={"strength": 2.0, "rho": 0.3},
         neutral={"strength": 0.0},
