@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from lightning_reg.techniques.contrastive.mann_whitney_loss import mann_whitney_loss
+from lightning_reg.techniques.features.functional_entropy_regularizer import (
+    functional_entropy_regularizer,
+)
 from lightning_reg.techniques.labels.bag_instance_interpolation import bag_instance_interpolation
 from lightning_reg.techniques.labels.score_distribution_soft_label import (
     score_distribution_soft_label,
@@ -18,7 +21,7 @@ from lightning_reg.techniques.segmentation.soft_dice_loss import soft_dice_loss
 from lightning_reg.techniques.segmentation.tversky_loss import tversky_loss
 from lightning_reg.testing import ContractCase
 from lightning_reg.testing.host import SAMPLES, TensorItems
-from lightning_reg.testing.hosts import DictBatchHost
+from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost
 from tests.contract.cases.contrastive import VIEWS, TwoViewHost
 
 _BAD_COUNTS = [
@@ -133,7 +136,38 @@ def _four(low, high, seed):
     return low + (high - low) * torch.rand(4, dtype=torch.float64, generator=generator)
 
 
+class ModalityHost(ClassifierHost):
+    """The classifier, whose inputs are two modalities of four numbers each."""
+
+    def build(self, options):
+        """An identity for each modality."""
+        super().build(options)
+        self.left, self.right = torch.nn.Identity(), torch.nn.Identity()
+
+    def forward(self, x):
+        """Logits (B, 4)."""
+        return super().forward(torch.cat([self.left(x[:, :4]), self.right(x[:, 4:])], 1))
+
+
 CASES = {
+    "FunctionalEntropyRegularizer": ContractCase(
+        args={"strength": 1e-4, "layers": ["left", "right"]},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -1.0},
+            {"layers": []},
+            {"sigma": 0.0},
+            {"draws": 0},
+            {"norm": 0.5},
+            {"task": "binary"},
+        ],
+        bad_late=[{"layers": ["no_such_layer"]}],
+        host=ModalityHost,
+        gradcheck=lambda: (
+            functional_entropy_regularizer,
+            (_four(0.1, 2, 0).requires_grad_(), _four(0.5, 3, 1).view(2, 2).repeat(1, 2)),
+        ),
+    ),
     "ScoreDistributionSoftLabel": ContractCase(
         args={"strength": 0.8, "mean": "batch.score", "std": "batch.spread"},
         neutral={"strength": 0.0},

@@ -172,6 +172,25 @@ def test_pairs_of_two_groups_do_not_count():
     assert logged == pytest.approx(float(total) / count, rel=1e-4)
 
 
+def test_both_samples_of_a_pair_get_their_gradient():
+    class Alone(Scores):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            return {"loss": 0.0 * outputs["loss"], "logits": outputs["logits"]}
+
+    data, score, _ = scored()
+    module, before = Alone(), Host()
+    technique = ThurstoneFidelityLoss(true_mean="batch.score", true_std=0.5, std=1.0)
+    trainer([technique], max_epochs=1).fit(module, DataLoader(data, batch_size=16))
+    mean = before(INPUTS[:16]).softmax(1) @ torch.arange(1.0, 5)
+    ones = torch.ones(16)
+    losses = thurstone_fidelity_loss(mean, ones, score, 0.5 * ones)
+    loss = losses[~torch.eye(16, dtype=torch.bool)].mean()
+    gradient = torch.autograd.grad(loss, before.net[0].weight)[0]
+    moved = (before.net[0].weight - module.net[0].weight).detach()
+    torch.testing.assert_close(moved, 0.1 * gradient, rtol=1e-3, atol=1e-7)
+
+
 def test_one_column_needs_a_deviation():
     technique = ThurstoneFidelityLoss(true_mean="batch.score", true_std=0.5)
 
