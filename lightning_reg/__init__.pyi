@@ -7,6 +7,7 @@ from lightning_reg.calibrators.isotonic import IsotonicCalibration as IsotonicCa
 from lightning_reg.calibrators.matrix import MatrixScaling as MatrixScaling
 from lightning_reg.calibrators.temperature import TemperatureScaling as TemperatureScaling
 from lightning_reg.calibrators.vector import VectorScaling as VectorScaling
+from lightning_reg.engine.closed_loop import ClosedLoop as ClosedLoop
 from lightning_reg.engine.communicator import Communicator as Communicator
 from lightning_reg.engine.communicator import JointMean as JointMean
 from lightning_reg.engine.errors import ArgumentError as ArgumentError
@@ -26,7 +27,6 @@ from lightning_reg.engine.regularizer import Regularizer as Regularizer
 from lightning_reg.engine.resume import StartAfresh as StartAfresh
 from lightning_reg.engine.resume import checked_load as checked_load
 from lightning_reg.engine.schedule import CallableSchedule as CallableSchedule
-from lightning_reg.engine.schedule import ClosedLoop as ClosedLoop
 from lightning_reg.engine.schedule import ConstantSchedule as ConstantSchedule
 from lightning_reg.engine.schedule import CosineSchedule as CosineSchedule
 from lightning_reg.engine.schedule import ExponentialSchedule as ExponentialSchedule

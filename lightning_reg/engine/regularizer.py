@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.engine.errors import ArgumentError
-from lightning_reg.engine.schedule import ClosedLoop, Schedule
+from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.technique import Technique
 
