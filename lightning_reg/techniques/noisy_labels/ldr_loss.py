@@ -237,7 +237,8 @@ class ALDRLoss(LossReplacement, SampleMemoryRegularizer):
     Note:
         Needs ``IndexedDataset(train_dataset)``. Over ranks: global; each step gathers one number
         per sample, so that every rank holds the table of ``lambda`` that one process would
-        have. Cost: two exponentials per logit. The table is part of checkpoints (the official
+        have. A mixed sample moves the ``lambda`` of the place that it has in the batch. Cost: two
+        exponentials per logit. The table is part of checkpoints (the official
         code loses it).
 
         It hurts where classes are many and rare ones hard: they are treated as noise.
