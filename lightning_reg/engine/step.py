@@ -50,6 +50,7 @@ class Step(RunContext):
         self.target_distribution: Tensor | None = None
         self.mixes: list[tuple[Tensor, Tensor]] = []
         self.mixers: list[Regularizer] = []
+        self.is_mixed = False  # whether samples are mixed, whatever their labels are
         self.records: Mapping[str, list[Any]] = {}
         self.given: Mapping[str, Any] = {}
         self.replaces: set[str] = set()
@@ -158,6 +159,7 @@ class Step(RunContext):
         is computed from the mixed distribution. Float targets are mixed in the batch.
         """
         targets = self.targets
+        self.is_mixed = True
         if isinstance(targets, Tensor) and targets.is_floating_point():
             weight = lam.to(targets).view(-1, *[1] * (targets.ndim - 1))
             self.targets = weight * targets + (1 - weight) * targets[permutation]

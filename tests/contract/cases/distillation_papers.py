@@ -4,6 +4,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_reg.techniques.distillation.mtard import mtard
+from lightning_reg.techniques.distillation.multi_aspect_distillation import (
+    MultiAspectDistillationMixin,
+    multi_aspect_distillation,
+)
 from lightning_reg.techniques.distillation.norm_direction_distillation import (
     norm_direction_distillation,
 )
@@ -22,7 +26,7 @@ from lightning_reg.techniques.distillation.weighted_self_distillation import (
 )
 from lightning_reg.techniques.gradients.adversarial_training import pgd_attack
 from lightning_reg.testing import ContractCase
-from lightning_reg.testing.hosts import ImageHost, RegressorHost
+from lightning_reg.testing.hosts import ClassifierHost, ImageHost, RegressorHost
 from tests.contract.cases.distillation import TrainedTeacher, moved
 
 _GENERATOR = torch.Generator().manual_seed(0)
@@ -46,6 +50,42 @@ class FixedTeacher(torch.nn.Module):
 def _in_yaml(scale, phase):
     path = "tests.contract.cases.distillation_papers.FixedTeacher"
     return {"class_path": path, "init_args": {"scale": scale, "phase": phase}}
+
+
+class AskedHost(MultiAspectDistillationMixin, ClassifierHost):
+    """The classifier with outputs for five aspects, whose answers follow from the inputs."""
+
+    def compute(self, batch):
+        x, y = self.split(batch)
+        hidden = self.encoder(x)
+        logits = self.head(self.dropout(hidden))
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        loss = self.distill_aspects(loss, features=hidden, aspects=_answers(x))
+        return loss, {"logits": logits, "inputs": x, "targets": y}
+
+
+def asked_host(options, args):
+    host = AskedHost(options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        host.add_aspect_head(**{"in_features": 16, "num_aspects": 5, **args})
+    return host
+
+
+def _answers(x):
+    """With unequal numbers of answers from sample to sample."""
+    answers = torch.sigmoid(3 * x[:, :5])
+    return answers.masked_fill(x[:, 3:] > 1.5, float("nan"))
+
+
+def _answered(probe):
+    logits = probe.module.aspect_head(probe.features["encoder"])
+    losses = [
+        -(q * z.sigmoid().log() + (1 - q) * (1 - z.sigmoid()).log())
+        for z, q in zip(logits.flatten(), _answers(probe.inputs).flatten(), strict=True)
+        if not q.isnan()
+    ]
+    return torch.stack(losses).mean()
 
 
 class EarlierGeneration(Callback):
@@ -314,5 +354,17 @@ CASES = {
         host=RegressorHost,
         expected=_led,
         gradcheck=_regression,
+    ),
+    "MultiAspectDistillationMixin": ContractCase(
+        args={"strength": 5.0},
+        neutral={"strength": 0.0},
+        bad=[{"strength": -1.0}, {"in_features": 0}, {"num_aspects": 2.5}],
+        mixin=asked_host,
+        expected=_answered,
+        gradcheck=lambda: (
+            multi_aspect_distillation,
+            (_random(5, 4).requires_grad_(), torch.sigmoid(_random(5, 4))),
+        ),
+        logs=("reg/multi_aspect_distillation",),
     ),
 }

@@ -143,3 +143,53 @@ def test_targets_and_teachers_of_another_shape_are_named():
 
 def _one_number(step):
     return step.batch[1][:, 0]
+
+
+class Small(Host):
+    """Six numbers to ten, through a hidden layer."""
+
+    def __init__(self, hidden, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 10))
+
+    def training_step(self, batch, batch_idx):
+        outputs = self(batch[0])
+        return {"loss": nn.functional.mse_loss(outputs, batch[1]), "logits": outputs}
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+def _trained(module, x, y, steps, callbacks=()):
+    run = trainer(callbacks, max_steps=steps, max_epochs=-1)
+    run.fit(module, DataLoader(TensorDataset(x, y), batch_size=64))
+    return module
+
+
+def test_teachers_lower_the_error_of_a_small_network_under_the_main_loss():
+    """64 noisy samples, teachers of 640, 2 seeds: test error of 0.056 to 0.097, measured."""
+    generator = torch.Generator().manual_seed(0)
+    inner = torch.randn(6, 16, generator=generator) / 2
+    outer = torch.randn(16, 10, generator=generator) / 4
+    x = torch.randn(1000, 6, generator=generator)
+    clean = torch.tanh(x @ inner) @ outer
+    y = clean + 0.3 * torch.randn(1000, 10, generator=generator)
+    tough = _trained(Small(64, 0), x[:640], y[:640], 100)
+    smooth = soft_landmarks(y[:640], *shape_model(y[:640]))
+    tolerant = _trained(Small(64, 1), x[:640], smooth, 100)
+    errors = {}
+    for weight in (0.0, 1.0):
+        found = []
+        for seed in (2, 3):
+            technique = TwoTeacherRegression(
+                tough_teacher=tough,
+                tolerant_teacher=tolerant,
+                tough_weight=weight,
+                tolerant_weight=weight,
+            )
+            student = _trained(Small(8, seed), x[:64], y[:64], 60, [technique])
+            with torch.no_grad():
+                found.append(float((student(x[640:]) - clean[640:]).square().mean()))
+        errors[weight] = sum(found) / 2
+    assert errors[1.0] < 0.85 * errors[0.0]
