@@ -228,12 +228,15 @@ class TrainingStepPipeline:
         assert step.loss is not None
         total = step.loss
         members = self._members("penalty", active)
+        scaling = self._members("scale_loss", active)
         replaced = self._criterion.concerns(step, active)
-        if not members and not replaced:
+        if not members and not scaling and not replaced:
             return total
         with torch.autocast(step.loss.device.type, enabled=False):
             if replaced:
                 total = self._criterion(step, active)
+            for technique in scaling:
+                total = total * technique.scale_loss(step.asked_by(technique))
             for technique, value in penalties(step, members, self._log):
                 total = total + self.strength(technique) * value
         return total
