@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from math import prod
 from typing import Any
 
 import lightning.pytorch as pl
@@ -218,15 +217,16 @@ class TrainingStepPipeline(RunServices):
         assert step.loss is not None
         total = step.loss
         members = self._members("penalty", active)
+        scaling = self._members("scale_loss", active)
         replaced = self._criterion.concerns(step, active)
-        if not members and not replaced:
+        if not members and not scaling and not replaced:
             return total
         with torch.autocast(step.loss.device.type, enabled=False):
             if replaced:
                 total = self._criterion(step, active)
-            share = prod(t.loss_share(step.asked_by(t)) for t in members)
-            # Not dropped at 0: what only the loss reaches would be unused parameters to DDP.
-            total = total if share == 1 else share * total
+            # A factor of 0, too: what only the loss reaches would be unused parameters to DDP.
+            for technique in scaling:
+                total = total * technique.scale_loss(step.asked_by(technique))
             for technique, value in penalties(step, members, self._log):
                 total = total + self.strength(technique) * value
         return total

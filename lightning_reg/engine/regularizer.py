@@ -30,6 +30,7 @@ PHASES = (
     "transform_targets",
     "per_sample_loss",
     "sample_weights",
+    "scale_loss",
     "penalty",
     "perturb",
     "parameter_gradient",
@@ -121,6 +122,10 @@ class Regularizer(Technique, Callback):
         """Phase 3: weights (B,) of mean one over all ranks, from detached losses (B,)."""
         raise NotImplementedError(f"{type(self).__name__} declares no weights")
 
+    def scale_loss(self, step: Step) -> Tensor | float:
+        """Phase 3: a factor of the loss, the same on all ranks; penalties are added after it."""
+        return 1.0
+
     def penalty(self, step: Step) -> Tensor | JointMean | None:
         """Phase 4: a scalar that is added to the loss times the strength.
 
@@ -128,10 +133,6 @@ class Regularizer(Technique, Callback):
         collective with those of all other techniques.
         """
         return None
-
-    def loss_share(self, step: Step) -> float:
-        """Phase 4: what share of the loss stays; below 1 where a penalty takes its place."""
-        return 1.0
 
     def perturb(self, step: Step, total: Tensor) -> Tensor:
         """Phase 5: run phases 2 to 4 again elsewhere in weight space; returns the new loss."""

@@ -210,7 +210,7 @@ class MTARD(GivenTeachers, AdversarialInputs):
         """The clean teacher's part is learnt there."""
         return True
 
-    def loss_share(self, step: Step) -> float:
+    def scale_loss(self, step: Step) -> float:
         """The attack raises the user's loss, of which ``1 - s`` is trained."""
         return 1.0 if self.attacking(step) else 1 - step.strength(self)
 

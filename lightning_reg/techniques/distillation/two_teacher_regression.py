@@ -223,7 +223,7 @@ class TwoTeacherRegression(GivenTeachers):
         self.tolerant_push = tolerant_push
         self.near = near
 
-    def loss_share(self, step: Step) -> float:
+    def scale_loss(self, step: Step) -> float:
         """What the strength leaves of the user's loss."""
         return 1 - step.strength(self)
 

@@ -298,7 +298,7 @@ class WeightedSelfDistillation(Teacher):
         own, past = step.logits, self.predict(step)
         return JointMean.of(_rows((own - past).square()).mean(1))
 
-    def loss_share(self, step: Step) -> float:
+    def scale_loss(self, step: Step) -> float:
         """The user's own loss keeps the weight of the labels."""
         return 1 - step.strength(self)
 
