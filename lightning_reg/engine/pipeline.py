@@ -30,7 +30,7 @@ from lightning_reg.engine.outputs import loss_of, split_arguments, with_loss
 from lightning_reg.engine.patch import MethodPatch
 from lightning_reg.engine.penalties import penalties
 from lightning_reg.engine.planner import Plan
-from lightning_reg.engine.random import base_seed, rng_state
+from lightning_reg.engine.random import base_seed, reseed_torch, rng_state
 from lightning_reg.engine.regularizer import (
     Regularizer,
 )
@@ -249,6 +249,7 @@ class TrainingStepPipeline(RunServices):
         step: Step,
         read: Callable[[], Tensor] | None = None,
         look: Callable[[], object] | None = None,
+        fresh: torch.Generator | None = None,
     ) -> Tensor:
         """Phases 2 to 4 of ``step`` once more, without a trace; see :meth:`Step.rerun`."""
         assert step.replay is not None
@@ -259,6 +260,8 @@ class TrainingStepPipeline(RunServices):
             without_trace(self.module),
             replayed_rng(state, self._devices()),
         ):
+            if fresh is not None:
+                reseed_torch(fresh.initial_seed(), self._devices())
             if read is not None:
                 self._forward(step, active, *call)
                 return read()

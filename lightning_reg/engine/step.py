@@ -188,6 +188,7 @@ class Step(RunContext):
         self,
         read: Callable[[], Tensor] | None = None,
         look: Callable[[], object] | None = None,
+        fresh: torch.Generator | None = None,
     ) -> Tensor:
         """Phases 2 to 4 once more with weights and batch as they are now; returns the new loss.
 
@@ -196,8 +197,9 @@ class Step(RunContext):
         Args:
             read: phase 2 alone: what this makes of the new outputs is returned.
             look: called at the end, while signals are those of this run.
+            fresh: other random numbers for torch's global generators (dropout), of this stream.
         """
-        return self._pipeline.rerun(self, read, look)
+        return self._pipeline.rerun(self, read, look, fresh)
 
     def part(self, rows: Tensor) -> Step:
         """The samples ``rows`` of this micro-batch as a step of their own, to be re-run.

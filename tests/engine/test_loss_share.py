@@ -16,7 +16,7 @@ class Instead(Regularizer):
     def penalty(self, step):
         return step.logits.square().mean()
 
-    def loss_share(self, step):
+    def scale_loss(self, step):
         return 1 - step.strength(self)
 
 
