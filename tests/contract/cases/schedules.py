@@ -3,6 +3,7 @@
 from torch import nn
 
 from lightning_reg.techniques.inputs.adaptive_regularization_schedule import progressive_value
+from lightning_reg.techniques.tuning.one_cycle import one_cycle
 from lightning_reg.techniques.tuning.regularize_only_on_repeat import repeat_factor
 from lightning_reg.techniques.weights.l2_penalty import L2Penalty
 from lightning_reg.testing import ContractCase
@@ -45,6 +46,25 @@ CASES = {
             "reg/adaptive_regularization_schedule",
             "reg/adaptive_regularization_schedule_size",
         ),
+    ),
+    "OneCycle": ContractCase(
+        args={"div_factor": 4.0},
+        neutral={"div_factor": 1.0, "final_div_factor": 1.0, "momentum": None},
+        bad=[
+            {"max_lr": 0.0},
+            {"div_factor": 0.5},
+            {"final_div_factor": 0.5},
+            {"pct_start": 0.0},
+            {"pct_start": 0.6},
+            {"pct_start": 1.0, "three_phase": False},
+            {"anneal": "exp"},
+            {"momentum": [0.9]},
+            {"momentum": [0.95, 0.85]},
+            {"momentum": [0.9, 1.0]},
+        ],
+        # A run of one step has the end of the cycle alone.
+        expected=lambda probe: one_cycle(0, 1, 0.025, 0.1, 0.000025),
+        logs=("reg/one_cycle", "reg/one_cycle_momentum"),
     ),
     "RegularizeOnlyOnRepeat": ContractCase(
         args={"techniques": ["l2_penalty"], "dropout": False},
