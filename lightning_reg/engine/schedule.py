@@ -216,6 +216,34 @@ class WarmupSchedule(Schedule):
         return after if share >= 1 else after * share
 
 
+class ScaledSchedule(Schedule):
+    """A schedule times a number.
+
+    Args:
+        schedule: the number or the schedule that is scaled.
+        factor: what it is multiplied with.
+
+    Example:
+        >>> ScaledSchedule(LinearSchedule(0.0, 1.0), 0.5).value(progress=0.5)
+        0.25
+    """
+
+    def __init__(self, schedule: float | Schedule, factor: float) -> None:
+        check_range(self, "factor", factor)
+        self.schedule = schedule
+        self.factor = factor
+        Schedule.of(schedule)
+
+    def loops(self) -> list[ClosedLoop]:
+        """Those of the schedule that is scaled."""
+        return Schedule.of(self.schedule).loops()
+
+    def value(self, *, step: int = 0, epoch: int = 0, progress: float = 0.0) -> float:
+        """The number at a position."""
+        own = Schedule.of(self.schedule).value(step=step, epoch=epoch, progress=progress)
+        return own * self.factor
+
+
 class StepSchedule(Schedule):
     """Jumps at milestones: ``values[i]`` holds from ``milestones[i - 1]`` to ``milestones[i]``.
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lightning_reg.techniques.inputs.learned_noise_mask import beta_log_density
+from lightning_reg.techniques.inputs.lie_symmetry_augment import lie_symmetry
 from lightning_reg.techniques.noise.conditional_moe_routing import (
     ConditionalMoE,
     routing_budget,
@@ -63,6 +64,16 @@ def _noisy_rows():
     return lambda x: noise_fit(clean, x, second, 0.5, 0.3, 2.0), (first.requires_grad_(),)
 
 
+def _moved():
+    one = torch.tensor([0.3], dtype=torch.float64)
+    settings = {"start": one, "shift": one, "velocity": one, "log_scale": one, "amplitude": one}
+    field = torch.randn(1, 4, 6, dtype=torch.float64, generator=_GENERATOR)
+    return (
+        lambda u: lie_symmetry(u, "kdv", length=2.0, dt=0.5, **settings),
+        (field.requires_grad_(),),
+    )
+
+
 CASES = {
     "ExpertDropout": ContractCase(
         args={"p": 0.5, "layers": "encoder.0.experts"},
@@ -102,6 +113,27 @@ CASES = {
             (_rows(), (0.5 * _ROWS.flip(1)).requires_grad_()),
         ),
         logs=("reg/learned_noise_mask", "reg/learned_noise_mask_reward"),
+    ),
+    "LieSymmetryAugment": ContractCase(
+        args={"equation": "kdv", "length": 8.0, "dt": 0.1, "velocity": 1.0, "scale": 0.3},
+        neutral={"probability": 0.0},
+        bad=[
+            {"equation": "laplace"},
+            {"length": 0.0},
+            {"dt": -1.0},
+            {"shift": 1.5},
+            {"velocity": -1.0},
+            {"amplitude": 0.1},
+            {"equation": "ks"},
+            {"equation": "heat", "scale": 0.0},
+            {"window": 0},
+            {"targets": "moved"},
+            {"targets": "field", "window": 4},
+            {"probability": 2.0},
+        ],
+        host=ImageHost,
+        gradcheck=_moved,
+        logs=("reg/lie_symmetry_augment",),
     ),
     "NoiseFiT": ContractCase(
         args={"strength": 20.0, "layers": ["encoder", "head"], "k": 1, "noise_std": 1.0},
