@@ -193,18 +193,15 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, float, str], lis
     for data in given.data:
         epochs = EPOCHS[data] if given.epochs is None else given.epochs
         for noise in given.noise:
+            splits = [Split.draw(data, noise, seed) for seed in range(given.seeds)]
             for name in given.methods:
-                found[data, noise, name] = [
-                    run(
-                        METHODS[name],
-                        Split.draw(data, noise, seed),
-                        noise,
-                        seed,
-                        epochs,
-                        given.split,
-                    )
-                    for seed in range(given.seeds)
+                outcomes = [
+                    run(METHODS[name], split, noise, seed, epochs, given.split)
+                    for seed, split in enumerate(splits)
                 ]
+                found[data, noise, name] = outcomes
+                accuracies = ", ".join(f"{outcome.accuracy:.1f}" for outcome in outcomes)
+                print(f"{data}, {noise:.0%} wrong, {name}: {accuracies}", flush=True)
         report(data, given, epochs, found)
     return found
 
