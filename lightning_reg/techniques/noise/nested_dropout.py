@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -54,22 +54,29 @@ def length_probabilities(width: int, sigma: float | None, mu: float = 0.0) -> Te
     return (-((lengths - mu) / sigma).square()).softmax(0)
 
 
-def truncation_accuracy(features: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
+def truncation_accuracy(
+    features: Tensor | Sequence[Tensor], targets: Tensor, head: nn.Linear | Sequence[nn.Linear]
+) -> Tensor:
     """How many samples are right when only the first ``k`` features are kept, for all ``k``.
 
     Args:
-        features: (N, D).
+        features: (N, D); or one such for each of several networks, whose logits are added.
         targets: (N,) classes.
-        head: the linear layer that reads the features.
+        head: the linear layer that reads the features; or one for each network.
 
     Returns:
         (D,) int64 counts, for ``k`` from 1 to ``D``.
     """
-    right = torch.zeros(features.shape[1], dtype=torch.int64, device=features.device)
-    bias = 0.0 if head.bias is None else head.bias
-    logits = features.new_zeros(len(features), head.out_features) + bias
-    for k in range(features.shape[1]):
-        logits = torch.addcmul(logits, features[:, k : k + 1], head.weight[:, k])
+    features = [features] if isinstance(features, Tensor) else list(features)
+    heads = [head] if isinstance(head, nn.Linear) else list(head)
+    width, networks = features[0].shape[1], list(zip(features, heads, strict=True))
+    right = torch.zeros(width, dtype=torch.int64, device=targets.device)
+    logits = features[0].new_zeros(len(targets), heads[0].out_features)
+    for _, layer in networks:
+        logits = logits if layer.bias is None else logits + layer.bias
+    for k in range(width):
+        for values, layer in networks:
+            logits = torch.addcmul(logits, values[:, k : k + 1], layer.weight[:, k])
         right[k] = (logits.argmax(1) == targets).sum()
     return right
 
@@ -212,21 +219,23 @@ class NestedDropout(ActivationNoise):
     @torch.no_grad()
     def select_length(
         self,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        head: nn.Linear,
+        batches: Iterable[tuple[Tensor | Sequence[Tensor], Tensor]],
+        head: nn.Linear | Sequence[nn.Linear],
         comm: Communicator | None = None,
     ) -> int:
         """Find the length with the best accuracy on held-out data, and cut there from now on.
 
         Args:
-            batches: pairs of whole representations (B, D) and classes (B,); this rank's.
-            head: the linear layer that reads them.
+            batches: pairs of whole representations (B, D), or of one for each network, and classes
+                (B,); this rank's.
+            head: the linear layer that reads them; or one for each network.
             comm: the ranks that share the data; every one has to call this.
 
         Returns:
             The length, also kept as ``best_length``.
         """
-        right, total = torch.zeros(head.in_features, dtype=torch.int64), torch.zeros(1).long()
+        width = head.in_features if isinstance(head, nn.Linear) else head[0].in_features
+        right, total = torch.zeros(width, dtype=torch.int64), torch.zeros(1).long()
         for features, targets in batches:
             right += truncation_accuracy(features, targets, head).cpu()
             total += len(targets)
