@@ -24,6 +24,7 @@ from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.output_jacobian import OutputRows, joint_gram, output_rows
 from lightning_reg.mechanisms.selected_weights import check_share
 from lightning_reg.mechanisms.tensor_lists import filled, mean_over_ranks
+from lightning_reg.mechanisms.trial_weights import TrialWeights, joint_loss
 
 __all__ = ["ExactGaussNewton", "exact_gauss_newton"]
 
@@ -134,6 +135,17 @@ class ExactGaussNewton(Regularizer):
     function: ClassVar[Callable[..., Any] | None] = staticmethod(exact_gauss_newton)
     explanation: ClassVar[str] = "makes Gauss-Newton steps in the place of gradient steps"
 
+    _rows: list[OutputRows]
+    _gradient: list[Tensor]
+    _losses: list[Tensor]
+    _window: list[Step]
+    _weights: list[nn.Parameter]
+    _step: list[Tensor]
+    _trial: TrialWeights
+    _slope: Tensor
+    _bend: Tensor
+    _is_good: Tensor
+
     def __init__(
         self,
         strength: float | Schedule = 1.0,
@@ -200,9 +212,10 @@ class ExactGaussNewton(Regularizer):
         weights = step.trainable_parameters()
         with torch.autocast(step.device.type, enabled=False):
             self._rows.append(output_rows(self, step, total, weights, self.network))
-        gradients = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
-        gradients = filled(weights, list(gradients))
-        self._gradient = gradients if not self._gradient else _sum(self._gradient, gradients)
+        found = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+        gradients = filled(weights, list(found))
+        before = self._gradient
+        self._gradient = list(torch._foreach_add(before, gradients)) if before else gradients
         self._losses.append(total.detach())
         for earlier in self._window[-1:]:
             earlier.drop_outputs()
@@ -236,7 +249,7 @@ class ExactGaussNewton(Regularizer):
 
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write weights back after an exception in a trial; free the buffers."""
-        self._write_back()
+        self._trial.write_back()
         self._forget_window()
 
     # ------------------------------------------------------------------ the step
@@ -293,25 +306,26 @@ class ExactGaussNewton(Regularizer):
         """How far along the direction; then the damping of the next step."""
         length = 1.0
         if self.line_search or self.adapt:
-            loss = self._mean_loss(step, self._losses)
+            loss = joint_loss(step, self._losses)
             for halving in range(self.line_search + 1):
-                new = self._loss_at(step, weights, direction, length)
+                new = self._trial.loss(self._window, weights, direction, length)
                 falls = new <= loss + _ARMIJO * length * self._slope
                 # Every rank has the same numbers, so all of them stop together.
                 if bool(falls) or halving == self.line_search:
                     break
                 length /= 2
-            predicted = -(length * self._slope + length**2 * self._bend / 2)
             if self.adapt:
                 step.log(self, self._now, "damping", joint=True)
-                self._now = self._adapted(loss - new, predicted)
+                self._now = self._adapted(loss - new, self._predicted_fall(length))
             if self.line_search:
                 step.log(self, length, "step", joint=True)
-        predicted = -(length * self._slope + length**2 * self._bend / 2)
-        step.log(self, predicted, joint=True)
+        step.log(self, self._predicted_fall(length), joint=True)
         self._weights = weights
         self._step = list(torch._foreach_mul(direction, length))
         self._window, self._losses = [], []
+
+    def _predicted_fall(self, length: float) -> Tensor:
+        return -(length * self._slope + length**2 * self._bend / 2)
 
     def _adapted(self, fall: Tensor, predicted: Tensor) -> Tensor:
         ratio = fall / predicted
@@ -319,30 +333,6 @@ class ExactGaussNewton(Regularizer):
         factor = torch.where(ratio < _POOR, _MORE, torch.where(ratio > _GOOD, _LESS, factor))
         changed = (self._now * factor).clamp(_LEAST, _MOST)
         return changed.where(torch.isfinite(ratio), self._now)
-
-    def _loss_at(
-        self, step: Step, weights: list[nn.Parameter], direction: list[Tensor], length: float
-    ) -> Tensor:
-        """The joint loss of the window, a length along the direction."""
-        self._saved = [w.detach().clone() for w in weights]
-        self._moved = weights
-        # Through `.data`: the graph that is to be differentiated sees the old weights again, and
-        # must not notice that they were away.
-        torch._foreach_add_([w.data for w in weights], direction, alpha=length)
-        try:
-            losses = [past.rerun().detach() for past in self._window]
-        finally:
-            self._write_back()
-        return self._mean_loss(step, losses)
-
-    def _mean_loss(self, step: Step, losses: Sequence[Tensor]) -> Tensor:
-        mean = torch.stack(list(losses)).double().sum() / step.trainer.accumulate_grad_batches
-        return step.comm.reduce(mean, "mean")
-
-    def _write_back(self) -> None:
-        if self._moved:
-            torch._foreach_copy_([w.data for w in self._moved], self._saved)
-            self._moved, self._saved = [], []
 
     @staticmethod
     def _split(flat: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -376,8 +366,8 @@ class ExactGaussNewton(Regularizer):
 
 
 def _no_window() -> dict[str, Any]:
-    lists = ("_rows", "_gradient", "_losses", "_window", "_weights", "_step", "_moved", "_saved")
-    return {name: [] for name in lists}
+    lists = ("_rows", "_gradient", "_losses", "_window", "_weights", "_step")
+    return {"_trial": TrialWeights(), **{name: [] for name in lists}}
 
 
 def _solve(gram: Tensor, curvature: Tensor, asked: Tensor, damping: float | Tensor) -> Tensor:
@@ -392,7 +382,3 @@ def _solve(gram: Tensor, curvature: Tensor, asked: Tensor, damping: float | Tens
 def _curved(curvature: Tensor, outputs: Tensor) -> Tensor:
     """``Q u`` (B, C)."""
     return (curvature @ outputs[..., None]).squeeze(-1)
-
-
-def _sum(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_add(one, other))

@@ -184,6 +184,14 @@ def test_line_search_stops_what_full_steps_blow_up():
     assert float(trainer.callback_metrics["reg/exact_gauss_newton_step"]) == 0.25
 
 
+def test_line_search_wants_a_share_of_what_the_slope_promises():
+    # A full step from just below 1 ends just above -1: lower, but by far less than 1e-4 of it.
+    searched = Oscillator(1 - 1e-6)
+    signals = Signals(logits="module.net")
+    fit(searched, VALUES, ExactGaussNewton(damping=1e-12, line_search=3, signals=signals))
+    assert abs(float(searched.net.weight.detach())) < 1e-5
+
+
 def test_momentum_adds_the_step_before():
     net = Net(VALUES, linear=True, lr=0.1)
     start = flat(net)
