@@ -182,9 +182,17 @@ def _sample_jacobian(
         assert answer is not None
         return answer.flatten()
 
-    with torch.enable_grad():
-        per_sample = torch.func.vmap(torch.func.jacrev(run), in_dims=(None, 0))
-        rows = per_sample(own, step.inputs)
+    per_sample = torch.func.vmap(torch.func.jacrev(run), in_dims=(None, 0))
+    try:
+        with torch.enable_grad():
+            rows = per_sample(own, step.inputs)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UnsupportedError(
+            owner,
+            f"cannot run `{network}` on each sample alone: {reason}",
+            cure=f"{type(owner).__name__}(network=None)",
+        ) from error
     b, c = len(outputs), outputs[0].numel()
     found = [rows[names[id(w)]].reshape(b, c, -1) for w in weights]
     return [part.detach() for part in found]

@@ -239,6 +239,23 @@ def test_weights_outside_of_the_network_are_refused():
         fit(net, LABELS, ExactGaussNewton(network="net"))
 
 
+def test_network_that_mixes_samples_is_refused_alone_and_right_as_a_batch():
+    def mixing():
+        net = Net(LABELS)
+        net.net.insert(1, nn.BatchNorm1d(6).double())
+        return net
+
+    with pytest.raises(UnsupportedError, match="cannot run `net` on each sample alone"):
+        fit(mixing(), LABELS, ExactGaussNewton(network="net"))
+    net = mixing()
+    start = flat(net)
+    matrix, gradient = dense(mixing(), LABELS)
+    fit(net, LABELS, ExactGaussNewton(damping=0.05))
+    identity = 0.05 * torch.eye(len(start), dtype=torch.float64)
+    expected = start - torch.linalg.solve(matrix + identity, gradient)
+    torch.testing.assert_close(flat(net), expected, rtol=1e-7, atol=1e-9)
+
+
 def test_weight_that_the_loss_does_not_reach_stays():
     net, usual = Net(LABELS), Net(LABELS)
     net.scale = nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64))
