@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.engine.errors import ArgumentError
-from lightning_reg.engine.schedule import ClosedLoop, Schedule
+from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.technique import Technique
 
@@ -127,6 +128,10 @@ class Regularizer(Technique, Callback):
         collective with those of all other techniques.
         """
         return None
+
+    def loss_share(self, step: Step) -> float:
+        """Phase 4: what share of the loss stays; below 1 where a penalty takes its place."""
+        return 1.0
 
     def perturb(self, step: Step, total: Tensor) -> Tensor:
         """Phase 5: run phases 2 to 4 again elsewhere in weight space; returns the new loss."""

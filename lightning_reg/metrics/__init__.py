@@ -195,6 +195,10 @@ from lightning_reg.metrics.uncertainty import (
     CalibrationUncertainty,
     calibration_uncertainty,
 )
+from lightning_reg.metrics.utilization import (
+    Utilization,
+    utilization,
+)
 
 __all__ = [
     "AUGRC",
@@ -257,6 +261,7 @@ __all__ = [
     "UncertaintyBins",
     "UncertaintyCalibrationError",
     "UnderconfidenceError",
+    "Utilization",
     "VariationRatio",
     "attention_entropy",
     "augrc",
@@ -322,5 +327,6 @@ __all__ = [
     "sweep_calibration_error",
     "uncertainty_calibration_error",
     "underconfidence_error",
+    "utilization",
     "variation_ratio",
 ]

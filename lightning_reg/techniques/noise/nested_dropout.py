@@ -91,7 +91,8 @@ class NestedDropout(ActivationNoise):
     factor of 1/2, ``mu = 0``, ``sigma`` 100 or more; no scaling; the best length by accuracy on
     held-out data, a shorter one preferred by 1e-5 for each unit. ``per="sample"`` with
     ``sigma=None`` is the uniform draw of the second paper, applied with probability 0.5 there
-    (``probability``). Its co-teaching is a technique of its own.
+    (``probability``). For the first paper's second part put :class:`CoTeaching` beside it, which
+    cuts the features of both its networks.
 
     Args:
         probability: with which a batch (a sample) is cut, in [0, 1], or a Schedule; 0 turns the
@@ -164,7 +165,8 @@ class NestedDropout(ActivationNoise):
 
     def change(self, layer: str, output: Any) -> Any:
         """Cut at a random length in training steps, at the best one in evaluation."""
-        if self._now is None and self._evaluating and self.best_length is not None:
+        evaluating = self._evaluating if self._now is None else self._now[0].evaluating
+        if evaluating and self.best_length is not None:
             return nested_dropout(output, torch.tensor(self.best_length, device=output.device))
         return super().change(layer, output)
 
