@@ -220,7 +220,7 @@ def _moments(sums: dict[str, Tensor], about_means: bool) -> tuple[Moments, tuple
     ), means
 
 
-def _move(parameter: nn.Parameter, target: Tensor, share: float) -> None:
+def _move(parameter: Tensor, target: Tensor, share: float) -> None:
     current = parameter.detach()
     current.copy_(target if share == 1 else torch.lerp(current.to(target), target, share))
 

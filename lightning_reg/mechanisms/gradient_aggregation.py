@@ -135,7 +135,7 @@ class GradientAggregation(Regularizer):
 
 def _future(device: torch.device) -> torch.futures.Future[Tensor]:
     # One that knows of the device makes those who wait wait for its stream.
-    devices = [device] if device.type == "cuda" else None
+    devices: list[int | str | torch.device] | None = [device] if device.type == "cuda" else None
     return torch.futures.Future(devices=devices)
 
 

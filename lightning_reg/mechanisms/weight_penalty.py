@@ -113,8 +113,9 @@ class NamedPenalty(SelectedWeights):
         return float(weight.numel())
 
     def acts_in(self, phase: str) -> bool:
-        """Only the loss of ``mode="loss"`` is the user's business under manual optimization."""
-        return phase != "penalty" or self.mode == "loss"
+        """Each mode has a phase of its own, and only the loss is the user's business."""
+        modes = {"penalty": "loss", "parameter_gradient": "gradient"}
+        return phase not in modes or self.mode == modes[phase]
 
     def penalty(self, step: Step) -> Tensor | None:
         """Phase 4, in ``mode="loss"``."""

@@ -40,6 +40,7 @@ from lightning_reg.metrics.confidence_bias import (
     overconfidence_error,
     underconfidence_error,
 )
+from lightning_reg.metrics.conservation import ConservationError, conservation_error
 from lightning_reg.metrics.entropy import (
     PredictiveEntropy,
     predictive_entropy,
@@ -213,6 +214,7 @@ __all__ = [
     "CalibrationUncertainty",
     "ClassEntropy",
     "ConditionalEntropy",
+    "ConservationError",
     "CoverageAtRisk",
     "EnsembleEntropy",
     "EntropyHistogram",
@@ -274,6 +276,7 @@ __all__ = [
     "calibration_uncertainty",
     "class_entropy",
     "conditional_entropy",
+    "conservation_error",
     "coverage_at_risk",
     "draw_attention_entropy",
     "draw_entropies",

@@ -34,7 +34,8 @@ def principal_gradient_aggregation(
         (P,). A single client's gradient comes back as it is, and the mean of scalars (P = 1).
     """
     gram = (gradients @ gradients.T)[None]
-    return _weights(gram, proportion, rescale)[0] @ gradients
+    found: Tensor = _weights(gram, proportion, rescale)[0] @ gradients
+    return found
 
 
 class PrincipalGradientAggregation(GradientAggregation):
@@ -129,7 +130,8 @@ def _weights(grams: Tensor, proportion: float, rescale: bool) -> Tensor:
     energies, vectors = torch.linalg.eigh(grams)
     energies, vectors = energies[..., -kept:].clamp_min(0), vectors[..., -kept:]
     if not rescale:
-        return (vectors @ vectors.mT).mean(-1)
+        projected: Tensor = (vectors @ vectors.mT).mean(-1)
+        return projected
     total = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
     norms = grams.diagonal(dim1=-2, dim2=-1).sqrt()
     sigmas = energies.sqrt()
@@ -140,4 +142,5 @@ def _weights(grams: Tensor, proportion: float, rescale: bool) -> Tensor:
     lengths = (norms[..., None] * signs).mean(-2)
     # u_j = sum_i e_ij g_i / sigma_j, times sigma_j^2 / sum sigma^2.
     shares = sigmas / total.where(total > 0, 1.0)[..., None] * lengths
-    return (vectors @ shares[..., None]).squeeze(-1)
+    weights: Tensor = (vectors @ shares[..., None]).squeeze(-1)
+    return weights

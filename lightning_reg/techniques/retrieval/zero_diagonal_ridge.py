@@ -32,7 +32,7 @@ def zero_diagonal_ridge(gram: Tensor, ridge: float) -> Tensor:
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(gram + ridge * identity)
     inverse = torch.cholesky_inverse(factor)
-    b: Tensor = (-inverse / inverse.diagonal()) * (1 - identity)
+    b: Tensor = (inverse / -inverse.diagonal()).where(identity == 0, 0.0)
     return b
 
 
@@ -57,7 +57,7 @@ class ZeroDiagonalRidge(ClosedFormReadout):
         ridge: ``lambda``, above 0, in the units of ``X^T X``, so it grows with the number of
             users. The paper finds hundreds for data of 10^5 users; 500 is a common default.
         every: epochs from one solution to the next.
-        signals: where ``inputs`` are: the interactions ``X`` (B, n), dense.
+        signals: where ``inputs`` are: the interactions ``X`` (B, n), dense or sparse.
         name: the name in logs and checkpoints.
 
     Raises:
@@ -71,8 +71,10 @@ class ZeroDiagonalRidge(ClosedFormReadout):
         inverse (n, n) an epoch, both in float64; memory for 3 n^2 numbers. Tens of thousands of
         items are the limit. The log shows the mean squared residual of a user.
 
-        A model that consists of nothing else still needs an optimizer: ``SGD(..., lr=0.0)``, and
-        one epoch. It hurts where items are more than users by far and ``ridge`` is small.
+        A model that consists of nothing else needs one epoch and no optimizer
+        (``configure_optimizers`` returns ``None``). In one process its ``training_step`` may return
+        ``None`` too; over ranks Lightning asks for a loss. It hurts where items are more than
+        users by far and ``ridge`` is small.
 
     Example:
         >>> import lightning as L
@@ -116,7 +118,9 @@ class ZeroDiagonalRidge(ClosedFormReadout):
 
     def rows(self, step: Step) -> tuple[Tensor, Tensor]:
         """Interactions, which explain themselves."""
-        return step.inputs, step.inputs
+        given: Tensor = step.inputs
+        rows = given if given.layout == torch.strided else given.to_dense()
+        return rows, rows
 
     def solve(self, moments: Moments) -> Tensor:
         """``B`` in the layout of a layer."""

@@ -74,10 +74,11 @@ def test_clients_that_agree_are_left_as_they_are():
 def test_orthogonal_client_has_no_share_in_the_other_direction():
     # Turned, so that products which are 0 have rounding, which has a sign.
     turn = torch.linalg.qr(gradients(7, 7))[0][:2]
-    g = torch.tensor([[3.0, 0.0], [0.0, 1.0], [3.0, 0.0]], dtype=torch.float64) @ turn
+    lengths = [[3.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 0.5]]
+    g = torch.tensor(lengths, dtype=torch.float64) @ turn
     found = principal_gradient_aggregation(g, 1.0) @ turn.T
-    # Energies 18 and 1; two clients of length 3, one of length 1.
-    expected = torch.tensor([2.0 * 18 / 19, 1 / 3 / 19], dtype=torch.float64)
+    # Energies 9 + 4 and 1 + 1/4, times the mean length of those who point there.
+    expected = torch.tensor([5 / 4 * 13, 1.5 / 4 * 1.25], dtype=torch.float64) / 14.25
     torch.testing.assert_close(found, expected)
 
 

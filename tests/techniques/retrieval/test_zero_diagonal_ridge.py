@@ -92,6 +92,31 @@ def test_hidden_items_rank_higher_than_by_popularity():
     assert np.mean(ranks["model"]) < 0.6 * np.mean(ranks["popularity"])
 
 
+def test_sparse_interactions_give_the_same():
+    class Sparse(Ease):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0].to_sparse()]
+
+        def training_step(self, batch, batch_idx):
+            return self.items(batch[0].to_dense()).square().mean()
+
+    x = interactions(items=40)
+    found = [train(model, x).items.weight for model in (Ease(), Sparse())]
+    assert torch.equal(*found)
+
+
+def test_model_of_nothing_else_needs_neither_a_loss_nor_an_optimizer():
+    class Bare(Ease):
+        def training_step(self, batch, batch_idx):
+            return None
+
+        def configure_optimizers(self):
+            return None
+
+    x = interactions(items=40)
+    assert torch.equal(train(Bare(), x).items.weight, train(Ease(), x).items.weight)
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(40, 40), nn.Linear(40, 20, bias=False)])
 def test_layer_that_cannot_be_the_model_is_refused(layer):
     with pytest.raises(UnsupportedError, match="square layer without a bias"):
