@@ -40,7 +40,10 @@ from lightning_reg.metrics.confidence_bias import (
     overconfidence_error,
     underconfidence_error,
 )
-from lightning_reg.metrics.conservation import ConservationError, conservation_error
+from lightning_reg.metrics.conservation import (
+    ConservationError,
+    conservation_error,
+)
 from lightning_reg.metrics.entropy import (
     PredictiveEntropy,
     predictive_entropy,
