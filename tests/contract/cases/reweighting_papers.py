@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_reg.techniques.reweighting.ada_wac import ada_wac
 from lightning_reg.techniques.reweighting.class_gaussian_calibration import calibrated_gaussians
+from lightning_reg.techniques.reweighting.lasso_task_weights import lasso_task_weights
 from lightning_reg.techniques.reweighting.neural_collapse_regularizer import (
     class_compactness,
     class_separation,
@@ -77,6 +78,16 @@ def _gaps():
     right = torch.rand(12, dtype=torch.float64, generator=generator).requires_grad_()
     scores = torch.randn(12, 2, dtype=torch.float64, generator=generator)
     return lambda r: slice_gaps(r, torch.arange(12) % 3, scores, 3), (right,)
+
+
+def _lasso():
+    sources, target = _random((6, 3), (6,))
+    return lambda w, t: lasso_task_weights(w, t, 0.1), (sources, target)
+
+
+def _lasso():
+    sources, target = _random((6, 3), (6,))
+    return lambda w, t: lasso_task_weights(w, t, 0.1), (sources, target)
 
 
 _HEAD = [{"head": ""}, {"data": "test"}, {"weight_decay": -1.0}, {"max_iter": -1}]
@@ -151,5 +162,24 @@ CASES = {
         host=DictBatchHost,
         gradcheck=_gaps,
         logs=(),
+    ),
+    "LassoTaskWeights": ContractCase(
+        args={"heads": "head", "num_tasks": 4, "lam": 0.01, "start": 0},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": 1.5},
+            {"replaces": "all"},
+            {"heads": ""},
+            {"num_tasks": 1},
+            {"target": 4},
+            {"lam": -1.0},
+            {"floor": 1.5},
+            {"target_share": -0.1},
+            {"start": -1},
+        ],
+        bad_late=[{"heads": "no_such_layer"}, {"num_tasks": 5}],
+        host=DictBatchHost,
+        gradcheck=_lasso,
+        logs=("reg/lasso_task_weights",),
     ),
 }

@@ -111,7 +111,7 @@ def test_the_background_is_found_and_its_worst_group_gains(seed):
     assert technique.chosen[0] == 1
     assert float(technique.gaps[1, 1]) > 0.2
     before, after = (_accuracies(m(test.tensors[0]), test) for m in (plain, module))
-    # Measured: 0.37 or so.
+    # Measured over four seeds: 0.25 to 0.48 of the worst group, 0.11 to 0.2 of their mean.
     assert float(after.min() - before.min()) > 0.1
     assert float(after.mean() - before.mean()) > -0.02
 
