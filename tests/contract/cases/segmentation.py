@@ -16,6 +16,7 @@ from lightning_reg.techniques.labels.thurstone_fidelity_loss import (
     thurstone_fidelity_loss,
 )
 from lightning_reg.techniques.reweighting.any_loss import any_loss
+from lightning_reg.techniques.segmentation.repri import RePRIMixin, repri_regularizer
 from lightning_reg.techniques.segmentation.self_adjusting_dice_loss import self_adjusting_dice_loss
 from lightning_reg.techniques.segmentation.soft_dice_loss import soft_dice_loss
 from lightning_reg.techniques.segmentation.tversky_loss import tversky_loss
@@ -149,7 +150,56 @@ class ModalityHost(ClassifierHost):
         return super().forward(torch.cat([self.left(x[:, :4]), self.right(x[:, 4:])], 1))
 
 
+class TransductiveHost(RePRIMixin, ClassifierHost):
+    """The classifier, whose first class is also to be what four of its samples say of the rest."""
+
+    def compute(self, batch):
+        """Cross-entropy, and that of the rest with the fitted foreground."""
+        x, y = self.split(batch)
+        hidden = self.encoder(x)
+        logits = self.head(self.dropout(hidden))
+        loss = F.cross_entropy(logits, y)
+        # The samples are the pixels of one task.
+        support, query = (part.T[None, None] for part in (hidden[:4], hidden[4:]))
+        found = self.repri_logits(support, (y[:4] == 0).long()[None, None], query).flatten()
+        first = logits[4:, 0] - logits[4:, 1:].logsumexp(1)
+        target = found.sigmoid().to(first)
+        loss = loss + F.binary_cross_entropy_with_logits(first, target)
+        return loss, {"logits": logits, "inputs": x, "targets": y}
+
+
+def transductive_host(options, args):
+    """The host with its settings."""
+    host = TransductiveHost(options)
+    host.set_repri(**args)
+    return host
+
+
+def _query():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    valid = torch.tensor([[1.0, 1, 1, 0, 1], [1, 1, 1, 1, 1]]).double()
+    share = torch.tensor([0.3, 0.6]).double()
+    return lambda z: repri_regularizer(z, valid, share, 2.0), (z,)
+
+
 CASES = {
+    "RePRIMixin": ContractCase(
+        args={"iterations": 12, "lr": 0.5},
+        bad=[
+            {"temperature": 0.0},
+            {"lr": -1.0},
+            {"iterations": 0},
+            {"iterations": 1.5},
+            {"update_at": [0]},
+            {"divergence_weight": -1.0},
+            {"entropy_weight": -1.0},
+        ],
+        host=ClassifierHost,
+        mixin=transductive_host,
+        gradcheck=_query,
+        logs=(),
+    ),
     "FunctionalEntropyRegularizer": ContractCase(
         args={"strength": 1e-4, "layers": ["left", "right"]},
         neutral={"strength": 0.0},
