@@ -7,6 +7,8 @@ from lightning_reg.techniques.contrastive.mann_whitney_loss import mann_whitney_
 from lightning_reg.techniques.features.functional_entropy_regularizer import (
     functional_entropy_regularizer,
 )
+from lightning_reg.techniques.inputs.augmentation_policy import augmentation_policy
+from lightning_reg.techniques.inputs.manifold_mixup import manifold_mixup
 from lightning_reg.techniques.labels.bag_instance_interpolation import bag_instance_interpolation
 from lightning_reg.techniques.labels.score_distribution_soft_label import (
     score_distribution_soft_label,
@@ -22,7 +24,7 @@ from lightning_reg.techniques.segmentation.soft_dice_loss import soft_dice_loss
 from lightning_reg.techniques.segmentation.tversky_loss import tversky_loss
 from lightning_reg.testing import ContractCase
 from lightning_reg.testing.host import SAMPLES, TensorItems
-from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost
+from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost, ImageHost
 from tests.contract.cases.contrastive import VIEWS, TwoViewHost
 
 _BAD_COUNTS = [
@@ -183,7 +185,62 @@ def _query():
     return lambda z: repri_regularizer(z, valid, share, 2.0), (z,)
 
 
+class Shaken(torch.nn.Module):
+    """A policy that draws from torch's generator, as those of torchvision do."""
+
+    def __init__(self, size: float):
+        super().__init__()
+        self.size = size
+
+    def forward(self, image):
+        """The image with noise."""
+        return image + self.size * torch.randn(image.shape).to(image)
+
+    def __eq__(self, other):
+        return isinstance(other, Shaken) and self.size == other.size
+
+    __hash__ = torch.nn.Module.__hash__
+
+
+def _rows(function, *args):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    return lambda x: function(x, *args), (x,)
+
+
 CASES = {
+    "AugmentationPolicy": ContractCase(
+        args={"policy": Shaken(0.5)},
+        yaml={"policy": {"class_path": f"{__name__}.Shaken", "init_args": {"size": 0.5}}},
+        neutral={"probability": 0.0},
+        bad=[
+            {"policy": "no_policy"},
+            {"settings": {"magnitude": 9}},
+            {"probability": 1.5},
+            {"per": "pixel"},
+            {"mean": [0.5]},
+            {"mean": [0.5], "std": [0.0]},
+        ],
+        host=ImageHost,
+        gradcheck=lambda: _rows(augmentation_policy, torch.sin, 1, torch.tensor([1, 0, 1])),
+        logs=("reg/augmentation_policy",),
+    ),
+    "ManifoldMixup": ContractCase(
+        args={"layers": ["encoder"], "include_inputs": False},
+        neutral={"probability": 0.0},
+        bad=[
+            {"alpha": 0.0},
+            {"layers": []},
+            {"probability": 1.5},
+            {"per": "pixel"},
+            {"replaces": "all"},
+        ],
+        bad_late=[{"layers": ["no_such_layer"]}],
+        gradcheck=lambda: _rows(
+            manifold_mixup, torch.tensor([2, 0, 1]), torch.tensor([0.3, 1.0, 0.5])
+        ),
+        logs=("reg/manifold_mixup",),
+    ),
     "RePRIMixin": ContractCase(
         args={"iterations": 12, "lr": 0.5},
         bad=[
