@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -166,10 +166,12 @@ class ManifoldMixup(ActivationNoise):
         step.mix_targets(permutation, lam)
         step.log(self, share)
 
-    def forward_context(self, step: Step) -> AbstractContextManager[None]:
+    @contextmanager
+    def forward_context(self, step: Step) -> Iterator[None]:
         """Phase 2, in each of its passes: mix at the layer that was drawn."""
         self._called = False
-        return super().forward_context(step)
+        with super().forward_context(step):
+            yield
 
     def penalty(self, step: Step) -> None:
         """Phase 4: nothing is added, but labels must not be mixed alone."""

@@ -88,7 +88,7 @@ def repri(
     third = weight if entropy_weight is None else entropy_weight
     with torch.inference_mode(False), torch.autocast(query.device.type, enabled=False):
         task = _Task.of(support, support_labels, query, query_valid, temperature)
-        pi = task.share(*task.start()) if proportion is None else proportion.to(task.query)
+        pi = task.share(*task.start()) if proportion is None else _normal(proportion).to(task.query)
         state = task.start()
         for iteration in range(2, iterations + 1):
             state = task.step(state, pi, lr, first, third)
@@ -127,7 +127,7 @@ class _Task:
         # longer prototype are shorter.
         prototype = torch.einsum("tp,tpd->td", foreground, known) / (counts + _EPS)
         ones = torch.ones_like(unknown[..., 0])
-        usable = ones if valid is None else valid.flatten(1).to(ones)
+        usable = ones if valid is None else _normal(valid).flatten(1).to(ones)
         directions = (F.normalize(pixels, dim=2) for pixels in (known, unknown))
         known, unknown = directions
         return cls(known, foreground, counted, unknown, usable, prototype, temperature)
@@ -165,10 +165,14 @@ class _Task:
 
 def _pixels(features: Tensor) -> Tensor:
     """(T, S P, D) of (T, S, D, ...), without a graph."""
-    # A tensor of inference mode cannot be saved for a backward.
-    normal = features.detach().clone() if features.is_inference() else features.detach()
+    normal = features.detach()
     wide = normal if normal.dtype == torch.float64 else normal.float()
     return wide.flatten(3).movedim(2, 3).flatten(1, 2) if wide.ndim > 3 else wide
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """One that can be saved for a backward, which those of inference mode cannot."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:

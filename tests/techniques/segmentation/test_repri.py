@@ -123,11 +123,13 @@ class Tested(RePRIMixin, L.LightningModule):
         self.seen = []
 
     def test_step(self, batch, batch_idx):
-        support, labels, query = batch
+        support, labels, query, valid, share = batch
         features = [
             self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (support, query)
         ]
-        logits = self.repri_logits(features[0], labels, features[1])
+        # As in a batch that comes to a device: tensors of inference mode.
+        valid, share = valid.clone(), share.clone()
+        logits = self.repri_logits(features[0], labels, features[1], valid, share)
         self.seen.append((logits, features, labels))
 
 
@@ -135,14 +137,16 @@ def test_it_works_in_the_inference_mode_of_a_test():
     support, query = fixed(2, 2, 3, 8, 8).float(), fixed(2, 1, 3, 8, 8).float().roll(3, -1)
     labels = (fixed(2, 2, 8, 8) > 0.5).long()
     module = Tested()
-    data = [(support, labels, query)]
+    valid, share = torch.ones(2, 1, 8, 8), torch.tensor([0.3, 0.5])
+    data = [(support, labels, query, valid, share)]
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
     )
     trainer.test(module, DataLoader(data, batch_size=None), verbose=False)
     logits, features, _ = module.seen[0]
     assert logits.shape == (2, 1, 4, 4)
-    expected = repri(features[0], labels[..., ::2, ::2], features[1], iterations=5)
+    shares = {"proportion": share, "iterations": 5}
+    expected = repri(features[0], labels[..., ::2, ::2], features[1], **shares)
     torch.testing.assert_close(logits, expected)
 
 
