@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -168,9 +168,10 @@ class FunctionalEntropyRegularizer(ActivationNoise):
         self._checked = False
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in pl_module.modules())
 
-    def forward_context(self, step: Step) -> AbstractContextManager[Any]:
+    @contextmanager
+    def forward_context(self, step: Step) -> Iterator[None]:
         """Phase 2: the user's own pass has no noise."""
-        return nullcontext()
+        yield
 
     def penalty(self, step: Step) -> Tensor:
         """Phase 4."""
@@ -225,17 +226,12 @@ class FunctionalEntropyRegularizer(ActivationNoise):
         if not self._checked:
             check_not_compiled(self, logits)
             self._checked = True
-        points = [self._points.get(layer) for layer in self.layers]
+        points = [self._points[layer] for layer in self.layers if layer in self._points]
         self._points = {}
         values = self._values(logits, p)
-        found: Sequence[Tensor | None] = [None]
-        if all(point is not None for point in points):
-            found = torch.autograd.grad(
-                values.sum(),
-                points,
-                create_graph=True,
-                allow_unused=True,  # type: ignore[arg-type]
-            )
+        found: Sequence[Tensor | None] = ()
+        if points and values.requires_grad:
+            found = torch.autograd.grad(values.sum(), points, create_graph=True, allow_unused=True)
         squares = [_squared(gradient) for gradient in found if gradient is not None]
         if len(squares) < len(self.layers):
             raise RegularizationError(
@@ -266,4 +262,5 @@ def _deviation(step: Step, output: Tensor) -> Tensor:
     sums = torch.stack([rows.sum(0), rows.square().sum(0), torch.ones_like(rows).sum(0)])
     total, square, count = step.comm.reduce(sums)
     variance = (square - total.square() / count) / (count - 1).clamp_min(1)
-    return variance.clamp_min(0).sqrt().to(output.dtype)
+    deviation: Tensor = variance.clamp_min(0).sqrt().to(output.dtype)
+    return deviation

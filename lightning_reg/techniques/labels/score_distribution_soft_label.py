@@ -71,7 +71,8 @@ def _raw(distance: Tensor, std: Tensor, density: Density) -> Tensor:
     if density == "pdf":
         return (-0.5 * (distance / std).square()).exp()
     phi = torch.special.ndtr
-    return phi((distance + 0.5) / std) - phi((distance - 0.5) / std)
+    mass: Tensor = phi((distance + 0.5) / std) - phi((distance - 0.5) / std)
+    return mass
 
 
 def _with_mean(raw: Tensor, index: Tensor, place: Tensor) -> Tensor:

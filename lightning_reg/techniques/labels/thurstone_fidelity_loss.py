@@ -53,7 +53,8 @@ def thurstone_fidelity_loss(
 def _preference(mean: Tensor, std: Tensor, others: Tensor, other_stds: Tensor) -> Tensor:
     """The probability (n, N) of the row scoring higher than the column."""
     variance = std.square().unsqueeze(1) + other_stds.square() + _EPS
-    return torch.special.ndtr((mean.unsqueeze(1) - others) / variance.sqrt())
+    surer: Tensor = torch.special.ndtr((mean.unsqueeze(1) - others) / variance.sqrt())
+    return surer
 
 
 def _fidelity(predicted: Tensor, true: Tensor) -> Tensor:
@@ -168,10 +169,10 @@ class ThurstoneFidelityLoss(Regularizer):
         """Phase 4."""
         predicted = self._predicted(step.logits)
         like = predicted[0].detach()
-        true = [
-            read_scores(self, step, place, len(like), like)
-            for place in (self.true_mean, self.true_std)
-        ]
+        true = (
+            read_scores(self, step, self.true_mean, len(like), like),
+            read_scores(self, step, self.true_std, len(like), like),
+        )
         group = self._group(step, like)
         own = torch.stack([*predicted, *true], 1)
         # The positions tell a sample from its equals; ranks are told apart by how many come first.
@@ -182,8 +183,8 @@ class ThurstoneFidelityLoss(Regularizer):
         same = group.unsqueeze(1) == marks[:, 0]
         pairs = same & ~torch.eye(len(marks), dtype=torch.bool, device=same.device)[mine]
         mean, std, true_mean, true_std = everyone.unbind(1)
-        likely = _preference(*own[:, :2].unbind(1), mean, std)
-        right = _preference(*own[:, 2:].unbind(1), true_mean, true_std).detach()
+        likely = _preference(*predicted, mean, std)
+        right = _preference(*true, true_mean, true_std).detach()
         return JointMean.of(_fidelity(likely, right).flatten(), pairs.flatten().to(like))
 
     def _predicted(self, logits: Tensor) -> tuple[Tensor, Tensor]:

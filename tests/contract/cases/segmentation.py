@@ -7,6 +7,8 @@ from lightning_reg.techniques.contrastive.mann_whitney_loss import mann_whitney_
 from lightning_reg.techniques.features.functional_entropy_regularizer import (
     functional_entropy_regularizer,
 )
+from lightning_reg.techniques.inputs.augmentation_policy import augmentation_policy
+from lightning_reg.techniques.inputs.manifold_mixup import manifold_mixup
 from lightning_reg.techniques.labels.bag_instance_interpolation import bag_instance_interpolation
 from lightning_reg.techniques.labels.score_distribution_soft_label import (
     score_distribution_soft_label,
@@ -16,12 +18,13 @@ from lightning_reg.techniques.labels.thurstone_fidelity_loss import (
     thurstone_fidelity_loss,
 )
 from lightning_reg.techniques.reweighting.any_loss import any_loss
+from lightning_reg.techniques.segmentation.repri import RePRIMixin, repri_regularizer
 from lightning_reg.techniques.segmentation.self_adjusting_dice_loss import self_adjusting_dice_loss
 from lightning_reg.techniques.segmentation.soft_dice_loss import soft_dice_loss
 from lightning_reg.techniques.segmentation.tversky_loss import tversky_loss
 from lightning_reg.testing import ContractCase
 from lightning_reg.testing.host import SAMPLES, TensorItems
-from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost
+from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost, ImageHost
 from tests.contract.cases.contrastive import VIEWS, TwoViewHost
 
 _BAD_COUNTS = [
@@ -149,7 +152,111 @@ class ModalityHost(ClassifierHost):
         return super().forward(torch.cat([self.left(x[:, :4]), self.right(x[:, 4:])], 1))
 
 
+class TransductiveHost(RePRIMixin, ClassifierHost):
+    """The classifier, whose first class is also to be what four of its samples say of the rest."""
+
+    def compute(self, batch):
+        """Cross-entropy, and that of the rest with the fitted foreground."""
+        x, y = self.split(batch)
+        hidden = self.encoder(x)
+        logits = self.head(self.dropout(hidden))
+        loss = F.cross_entropy(logits, y)
+        # The samples are the pixels of one task.
+        support, query = (part.T[None, None] for part in (hidden[:4], hidden[4:]))
+        found = self.repri_logits(support, (y[:4] == 0).long()[None, None], query).flatten()
+        first = logits[4:, 0] - logits[4:, 1:].logsumexp(1)
+        target = found.sigmoid().to(first)
+        loss = loss + F.binary_cross_entropy_with_logits(first, target)
+        return loss, {"logits": logits, "inputs": x, "targets": y}
+
+
+def transductive_host(options, args):
+    """The host with its settings."""
+    host = TransductiveHost(options)
+    host.set_repri(**args)
+    return host
+
+
+def _query():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    valid = torch.tensor([[1.0, 1, 1, 0, 1], [1, 1, 1, 1, 1]]).double()
+    share = torch.tensor([0.3, 0.6]).double()
+    return lambda z: repri_regularizer(z, valid, share, 2.0), (z,)
+
+
+class Shaken(torch.nn.Module):
+    """A policy that draws from torch's generator, as those of torchvision do."""
+
+    def __init__(self, size: float):
+        super().__init__()
+        self.size = size
+
+    def forward(self, image):
+        """The image with noise."""
+        return image + self.size * torch.randn(image.shape).to(image)
+
+    def __eq__(self, other):
+        return isinstance(other, Shaken) and self.size == other.size
+
+    __hash__ = torch.nn.Module.__hash__
+
+
+def _rows(function, *args):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    return lambda x: function(x, *args), (x,)
+
+
 CASES = {
+    "AugmentationPolicy": ContractCase(
+        args={"policy": Shaken(0.5)},
+        yaml={"policy": {"class_path": f"{__name__}.Shaken", "init_args": {"size": 0.5}}},
+        neutral={"probability": 0.0},
+        bad=[
+            {"policy": "no_policy"},
+            {"settings": {"magnitude": 9}},
+            {"probability": 1.5},
+            {"per": "pixel"},
+            {"mean": [0.5]},
+            {"mean": [0.5], "std": [0.0]},
+        ],
+        host=ImageHost,
+        gradcheck=lambda: _rows(augmentation_policy, torch.sin, 1, torch.tensor([1, 0, 1])),
+        logs=("reg/augmentation_policy",),
+    ),
+    "ManifoldMixup": ContractCase(
+        args={"layers": ["encoder"], "include_inputs": False},
+        neutral={"probability": 0.0},
+        bad=[
+            {"alpha": 0.0},
+            {"layers": []},
+            {"probability": 1.5},
+            {"per": "pixel"},
+            {"replaces": "all"},
+        ],
+        bad_late=[{"layers": ["no_such_layer"]}],
+        gradcheck=lambda: _rows(
+            manifold_mixup, torch.tensor([2, 0, 1]), torch.tensor([0.3, 1.0, 0.5])
+        ),
+        logs=("reg/manifold_mixup",),
+    ),
+    "RePRIMixin": ContractCase(
+        args={"iterations": 12, "lr": 0.5},
+        bad=[
+            {"temperature": 0.0},
+            {"lr": -1.0},
+            {"iterations": 0},
+            {"iterations": 1.5},
+            {"update_at": [0]},
+            {"divergence_weight": -1.0},
+            {"entropy_weight": -1.0},
+        ],
+        host=ClassifierHost,
+        mixin=transductive_host,
+        gradcheck=_query,
+        logs=(),
+    ),
     "FunctionalEntropyRegularizer": ContractCase(
         args={"strength": 1e-4, "layers": ["left", "right"]},
         neutral={"strength": 0.0},

@@ -129,12 +129,17 @@ def test_the_gradient_reaches_the_encoder_of_a_modality():
     assert not torch.equal(module.a.weight, before.a.weight)
 
 
-def test_a_layer_that_the_logits_do_not_depend_on_is_refused():
+@pytest.mark.parametrize("layers", [["a", "b"], ["spare"]])
+def test_a_layer_that_the_logits_do_not_depend_on_is_refused(layers):
     class Detached(Two):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Identity()
+
         def forward(self, x):
             return self.net(torch.cat([self.a(x[:, :2]), self.b(x[:, 2:]).detach()], 1))
 
-    technique = FunctionalEntropyRegularizer(layers=["a", "b"])
+    technique = FunctionalEntropyRegularizer(layers=layers)
     with pytest.raises(RegularizationError, match="detached"):
         trainer([technique], max_epochs=1).fit(
             Detached(), DataLoader(TensorDataset(*samples(0, 64)), 64)
