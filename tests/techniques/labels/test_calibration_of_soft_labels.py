@@ -41,7 +41,7 @@ def plain():
     [
         # 0.32 (0.31 to 0.33)
         (lambda: ProgressiveSelfDistillation(0.8), 0.04, 5, {"indexed": True}),
-        # 0.25 (0.26, 0.27, 0.26 in three seeds)
+        # 0.26 (0.26 to 0.27)
         (lambda: ACLS(0.1, margin=5.0), 0.08, 5, {}),
         # 0.08 (0.07 to 0.09)
         (lambda: MarginLabelSmoothing(0.5, margin=3.0), 0.2, 3, {}),
