@@ -249,10 +249,10 @@ class ALDRLoss(LossReplacement, SampleMemoryRegularizer):
     Note:
         Needs ``IndexedDataset(train_dataset)``, and neither it nor one label per sample with
         ``stored=False``. Over ranks: global; each step gathers one number per sample, so that
-        every rank holds the table of ``lambda`` that one process would have. Cost: an
-        exponential per logit and another per iteration. The table is part of checkpoints (the
-        official code loses it). Logged beside the loss is the mean ``lambda_i``, under
-        ``reg/aldr_loss_lambda``.
+        every rank holds the table of ``lambda`` that one process would have. A mixed sample
+        moves the ``lambda`` of the place that it has in the batch. Cost: an exponential per
+        logit and another per iteration. The table is part of checkpoints (the official code loses
+        it). Logged beside the loss is the mean ``lambda_i``, under ``reg/aldr_loss_lambda``.
 
         It hurts where classes are many and rare ones hard: they are treated as noise.
 
