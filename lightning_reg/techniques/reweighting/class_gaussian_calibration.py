@@ -107,7 +107,8 @@ def gaussian_features(
         return mean + noise * covariance.sqrt()
     # Not by Cholesky, which a covariance of fewer rows than dimensions does not have.
     values, vectors = torch.linalg.eigh(covariance)
-    return mean + noise * values.clamp_min(0).sqrt() @ vectors.t()
+    drawn: Tensor = mean + noise * values.clamp_min(0).sqrt() @ vectors.t()
+    return drawn
 
 
 def mahalanobis_outliers(features: Tensor, share: float, steps: int = 20) -> Tensor:
