@@ -1,7 +1,8 @@
 """Losses on two embeddings of each sample, over the samples of all ranks.
 
-A technique supplies :meth:`EmbeddingLoss.value`: a scalar of two views (N, d). The mechanism
-takes care of
+A technique supplies :meth:`EmbeddingLoss.value`: a scalar of two views (N, d); or, as a
+:class:`TwoViews`, a penalty of its own from :meth:`TwoViews.joint_views`. The mechanism takes
+care of
 
 - finding the two views: two keys of the returned dict, two layers, the two calls of one layer,
   the two halves of one batch, or ``self.regularize(loss, features={...})``;
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_reg.engine import MissingSignalError, RegularizationError, Regularizer, Step
@@ -28,16 +28,17 @@ from lightning_reg.engine.errors import ArgumentError, owner_name
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
+from lightning_reg.mechanisms.joint_rows import joint_rows
 
 DEFAULT_VIEWS = ("outputs.z1", "outputs.z2")
 
 
-class TwoViews:
+class ViewFinder:
     """Finds the two views of each sample in a step.
 
     Args:
         owner: the technique, for messages.
-        views: where the views are; see :class:`EmbeddingLoss`.
+        views: where the views are; see :class:`TwoViews`.
     """
 
     def __init__(self, owner: object, views: str | Sequence[str]) -> None:
@@ -113,8 +114,8 @@ class TwoViews:
         return features if isinstance(features, dict) else {}
 
 
-class EmbeddingLoss(Regularizer):
-    """Base of losses on two views of each sample.
+class TwoViews(Regularizer):
+    """Base of techniques that take two embeddings of each sample.
 
     Args:
         strength: the multiplier.
@@ -125,6 +126,7 @@ class EmbeddingLoss(Regularizer):
             manual optimization the same names are looked for in
             ``self.regularize(loss, features={...})`` first.
         name: the name in logs and checkpoints.
+        others: arguments of the next base, where a technique has several.
     """
 
     semantics: ClassVar[Semantics] = "global"
@@ -137,9 +139,10 @@ class EmbeddingLoss(Regularizer):
         *,
         views: str | Sequence[str] = DEFAULT_VIEWS,
         name: str | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(strength, name=name)
-        self._views = TwoViews(self, views)
+        super().__init__(strength, name=name, **others)
+        self._views = ViewFinder(self, views)
         self.views = self._views.names
 
     @property
@@ -147,26 +150,28 @@ class EmbeddingLoss(Regularizer):
         """The submodules to capture."""
         return self._views.layers
 
-    @abstractmethod
-    def value(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """The loss, a scalar, of both views (N, d) of the samples of all ranks."""
-
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there."""
+        super().validate(trainer, pl_module)
         self._views.check(pl_module)
 
-    def penalty(self, step: Step) -> Tensor:
-        """Phase 4."""
+    def joint_views(self, step: Step, *companions: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Both views, and what goes with them, of the samples of all ranks, by one gather.
+
+        Args:
+            step: the micro-batch.
+            companions: (B, ...) further floats of each sample, with gradients.
+
+        Returns:
+            The positions (B,) of this rank's samples among all N, and the tensors (N, ...).
+        """
+        return joint_rows(step.comm, *self._two_views(step), *companions)
+
+    def _two_views(self, step: Step) -> tuple[Tensor, Tensor]:
         z1, z2 = self._views.of(step)
         for view in (z1, z2):
             self._check_rows(view)
-        width = z1.shape[1]
-        # One gather keeps the rows of a sample together.
-        rows = step.comm.gather(torch.cat([z1, z2], 1))
-        if len(rows) < 2:
-            # The rest of an epoch may be one sample, which has nothing to be compared with.
-            return 0.0 * rows.sum()
-        return self.value(rows[:, :width], rows[:, width:])
+        return z1, z2
 
     def _check_rows(self, view: Tensor) -> None:
         if view.ndim != 2:
@@ -177,4 +182,20 @@ class EmbeddingLoss(Regularizer):
             )
 
 
-__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews"]
+class EmbeddingLoss(TwoViews):
+    """Base of losses that are one number of both views of the joint batch; see `TwoViews`."""
+
+    @abstractmethod
+    def value(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """The loss, a scalar, of both views (N, d) of the samples of all ranks."""
+
+    def penalty(self, step: Step) -> Tensor:
+        """Phase 4."""
+        _, (z1, z2) = self.joint_views(step)
+        if len(z1) < 2:
+            # The rest of an epoch may be one sample, which has nothing to be compared with.
+            return 0.0 * (z1.sum() + z2.sum())
+        return self.value(z1, z2)
+
+
+__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews", "ViewFinder"]

@@ -93,26 +93,42 @@ class FeatureRows(Regularizer):
     def _rows(self, features: Tensor) -> Tensor:
         if features.ndim == 2:
             return features
-        if features.ndim < 2:
-            raise RegularizationError(
-                self,
-                f"needs features (B, d) or with more dimensions, got {tuple(features.shape)}",
-                cure=f'{type(self).__name__}(layer="<a layer that returns a vector per sample>")',
-            )
-        if self.pooling == "flatten":
+        if self.pooling == "flatten" and features.ndim > 2:
             return features.flatten(1)
-        default = -1 if features.ndim == 3 else 1
-        dim = default if self.feature_dim is None else self.feature_dim
-        if not -features.ndim <= dim < features.ndim:
-            raise ArgumentError(
-                self,
-                f"`feature_dim` is {dim}, but the features are {tuple(features.shape)}",
-                cure=f'{type(self).__name__}(layer="{self.layer}", feature_dim=1)',
-            )
-        positions = features.movedim(dim, -1).flatten(1, -2)
+        tokens = positions(self, features, self.feature_dim)
         if self.pooling == "mean":
-            return positions.mean(1)
-        return positions[:, 0] if self.pooling == "first" else positions.flatten(0, 1)
+            return tokens.mean(1)
+        return tokens[:, 0] if self.pooling == "first" else tokens.flatten(0, 1)
+
+
+def positions(owner: object, features: Tensor, feature_dim: int | None = None) -> Tensor:
+    """Features as (B, P, d): one vector for each position of each sample.
+
+    Args:
+        owner: the technique.
+        features: (B, d), which has one position, (B, T, d) or (B, d, H, W).
+        feature_dim: where the features lie; by default last in three dimensions and second in
+            more.
+    """
+    if features.ndim == 2:
+        return features.unsqueeze(1)
+    name = owner_name(owner)
+    if features.ndim < 2:
+        raise RegularizationError(
+            owner,
+            f"needs features (B, d) or with more dimensions, got {tuple(features.shape)}",
+            cure=f'{name}(layer="<a layer that returns a vector per sample>")',
+        )
+    default = -1 if features.ndim == 3 else 1
+    dim = default if feature_dim is None else feature_dim
+    if not -features.ndim <= dim < features.ndim:
+        layer = getattr(owner, "layer", "encoder")
+        raise ArgumentError(
+            owner,
+            f"`feature_dim` is {dim}, but the features are {tuple(features.shape)}",
+            cure=f'{name}(layer="{layer}", feature_dim=1)',
+        )
+    return features.movedim(dim, -1).flatten(1, -2)
 
 
 class FeaturePenalty(FeatureRows):
@@ -153,4 +169,4 @@ def _few(names: list[str], limit: int = 12) -> str:
     return shown + (", ..." if len(names) > limit else "")
 
 
-__all__ = ["FeaturePenalty", "FeatureRows", "Pooling", "check_layer"]
+__all__ = ["FeaturePenalty", "FeatureRows", "Pooling", "check_layer", "positions"]

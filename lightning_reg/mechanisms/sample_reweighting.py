@@ -78,7 +78,9 @@ class SampleReweighting(Regularizer):
         joint = step.comm.gather(torch.stack([c.to(own) for c in columns], dim=1))
         weights = self._weights(step, joint)
         if not step.is_rerun:
-            effective = weights.sum().square() / (len(weights) * weights.square().sum())
+            # Where no sample counts, none is effective: 0 / tiny.
+            squares = weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
+            effective = weights.sum().square() / (len(weights) * squares)
             step.log(self, effective, joint=True)
         share = step.strength(self)
         weights = 1 + share * (weights[joint[:, 1] == step.comm.rank] - 1)

@@ -12,7 +12,7 @@ from lightning_reg.engine import Paper, RegularizationError, Schedule, Signals, 
 from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.technique import Semantics
-from lightning_reg.mechanisms.embedding_loss import DEFAULT_VIEWS, TwoViews
+from lightning_reg.mechanisms.embedding_loss import DEFAULT_VIEWS, ViewFinder
 from lightning_reg.mechanisms.loss_replacement import Replaces, check_replaces
 from lightning_reg.mechanisms.sample_memory import SampleMemoryRegularizer
 from lightning_reg.mechanisms.sample_reweighting import sample_of_rows
@@ -150,7 +150,7 @@ class AdaWAC(SampleMemoryRegularizer):
             check_range(self, "strength", strength, 0, cure=cure)
         check_range(self, "step_size", step_size, 0, cure=cure)
         check_replaces(self, replaces)
-        self._views = TwoViews(self, views)
+        self._views = ViewFinder(self, views)
         self.views = self._views.names
         self.step_size = step_size
         self.replaces = replaces
