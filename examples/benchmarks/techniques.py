@@ -52,6 +52,9 @@ SETTINGS: dict[str, Callable[[str], Callback]] = {
     "GroupSparseEnvelope": lambda m: reg.GroupSparseEnvelope(k=64),
     "HintonDistillation": lambda m: reg.HintonDistillation(source="ema"),
     "LabelDistributionAwareMargin": lambda m: reg.LabelDistributionAwareMargin(class_counts=COUNTS),
+    "LassoTaskWeights": lambda m: reg.LassoTaskWeights(
+        heads="head", num_tasks=10, start=0, signals=GROUPS
+    ),
     "LogitAdjustedLoss": lambda m: reg.LogitAdjustedLoss(class_counts=COUNTS),
     "LowRankProjection": lambda m: reg.LowRankProjection(rank=8),
     "MESA": lambda m: reg.MESA(start=0),
@@ -203,6 +206,7 @@ OTHER_TASKS = {
     "FocalInfoNCE": "views",
     "GroupDRO": "groups",
     "H1SeminormLoss": "fields",
+    "LassoTaskWeights": "groups",
     "MannWhitneyContrastive": "views",
     "MannWhitneyLoss": "binary",
     "OnlineHardNegativeMixing": "views",
