@@ -1,9 +1,11 @@
 """Numbers in the module or in callbacks that follow a schedule over the run.
 
-A technique supplies :meth:`AttributeSchedule.targets`: which attributes. Without a technique, the
+A technique supplies :meth:`AttributeSchedule.targets`: which attributes; and, where one schedule
+means something else for each of them, :meth:`AttributeSchedule.value_of`. Without a technique, the
 mechanism drives the attributes at dotted paths. It takes care of
 
-- refusing, before training, an attribute that is not there or is no number;
+- refusing, before training, an attribute that is not there or is no number (or, for techniques
+  with ``takes_schedules``, no Schedule either);
 - writing the schedule's value, or that share of the attribute's own value, in front of every
   training step, before any technique looks at it, and only where it changed;
 - putting the attributes' own values back when the fit is over, after an exception too;
@@ -13,10 +15,13 @@ mechanism drives the attributes at dotted paths. It takes care of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.regularizer import Regularizer
@@ -41,6 +46,7 @@ class AttributeSchedule(Regularizer):
 
     semantics: ClassVar[Semantics] = "replica"
     writes: ClassVar[frozenset[str]] = frozenset({"features"})
+    takes_schedules: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -57,7 +63,7 @@ class AttributeSchedule(Regularizer):
         self.paths = list(paths)
         self.relative = relative
         self._targets: dict[str, Target] = {}
-        self._own: dict[str, float] = {}
+        self._own: dict[str, Any] = {}
         self._written: float | None = None
 
     def targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Target]:
@@ -71,6 +77,19 @@ class AttributeSchedule(Regularizer):
         """What is written, from an attribute's own value and the schedule's."""
         return own * scheduled if self.relative else scheduled
 
+    def value_of(self, name: str, own: Any, scheduled: float) -> Any:
+        """What is written to the target ``name``; by default :meth:`value`, alike for all."""
+        return self.value(own, scheduled)
+
+    def scheduled(self, step: Step) -> float:
+        """The schedule's value now."""
+        return step.strength(self)
+
+    def logged(self, scheduled: float) -> float | None:
+        """What is logged: by default the mean of the values that are written."""
+        values = [self.value_of(name, own, scheduled) for name, own in self._own.items()]
+        return sum(values) / len(values) if values else None
+
     def active(self, context: RunContext) -> bool:  # type: ignore[override]
         """Always: a value of 0 has to be written too."""
         return True
@@ -83,14 +102,13 @@ class AttributeSchedule(Regularizer):
 
     def prepare(self, step: Step) -> None:
         """Phase 0."""
-        scheduled = step.strength(self)
+        scheduled = self.scheduled(step)
         if scheduled != self._written:
             self._written = scheduled
             for name, (owner, attribute) in self._targets.items():
-                setattr(owner, attribute, self.value(self._own[name], scheduled))
-        if step.logging and self._own:
-            values = [self.value(own, scheduled) for own in self._own.values()]
-            step.log(self, sum(values) / len(values), joint=True)
+                setattr(owner, attribute, self.value_of(name, self._own[name], scheduled))
+        if step.logging:
+            step.log(self, self.logged(scheduled), joint=True)
 
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the own values back."""
@@ -125,8 +143,10 @@ class AttributeSchedule(Regularizer):
             cure='AttributeSchedule(..., paths=["callbacks.Mixup.alpha"])',
         )
 
-    def _read(self, name: str, owner: Any, attribute: str) -> float:
+    def _read(self, name: str, owner: Any, attribute: str) -> Any:
         value = getattr(owner, attribute, None)
+        if self.takes_schedules and isinstance(value, Schedule):
+            return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return value
         found = f"is {value!r}" if hasattr(owner, attribute) else "does not exist"
@@ -141,4 +161,33 @@ class AttributeSchedule(Regularizer):
         return {**super().__getstate__(), "_targets": {}, "_own": {}, "_written": None}
 
 
-__all__ = ["AttributeSchedule", "Target"]
+def dropout_rates(
+    module: nn.Module, pattern: str | None = None, attributes: Sequence[str] = ()
+) -> dict[str, Target]:
+    """Every drop rate that layers of a module keep, by path: dropout, attention, drop path.
+
+    Args:
+        module: where to look.
+        pattern: a regular expression that has to occur in the layer's name.
+        attributes: further attributes that count in any layer that has them.
+    """
+    return {
+        f"{path}.{attribute}": (layer, attribute)
+        for path, layer in module.named_modules()
+        if pattern is None or re.search(pattern, path)
+        for attribute in _rates(layer, attributes)
+    }
+
+
+def _rates(layer: nn.Module, attributes: Sequence[str]) -> Iterator[str]:
+    if isinstance(layer, _DropoutNd):
+        yield "p"
+    if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+        yield "dropout"
+    for attribute in ("drop_prob", *attributes):
+        # A module of that name is a layer of its own, and comes along by itself.
+        if isinstance(getattr(layer, attribute, None), (int, float)):
+            yield attribute
+
+
+__all__ = ["AttributeSchedule", "Target", "dropout_rates"]

@@ -117,16 +117,24 @@ class ActivationNoise(Regularizer):
         strength: how much noise; 0 turns the technique off.
         layers: names of submodules whose output, a tensor, is changed.
         name: the name in logs, checkpoints and random streams.
+        others: arguments of the next base, where a technique has several.
     """
 
     semantics: ClassVar[Semantics] = "local"
     reads: ClassVar[frozenset[str]] = frozenset({"features"})
     writes: ClassVar[frozenset[str]] = frozenset({"features"})
+    # Of a layer that returns a tuple, as blocks of transformers do, the first item is changed.
+    takes_tuples: ClassVar[bool] = False
 
     def __init__(
-        self, strength: float | Schedule, *, layers: str | Sequence[str], name: str | None = None
+        self,
+        strength: float | Schedule,
+        *,
+        layers: str | Sequence[str],
+        name: str | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(strength, name=name)
+        super().__init__(strength, name=name, **others)
         self.layers = [layers] if isinstance(layers, str) else list(layers)
         if not self.layers or not all(isinstance(layer, str) for layer in self.layers):
             raise ArgumentError(
@@ -158,9 +166,13 @@ class ActivationNoise(Regularizer):
                     cure=f"{type(self).__name__}(layers=[...])",
                 )
 
+    def noised(self, module: nn.Module) -> Sequence[str]:
+        """The names of the submodules whose outputs are changed: by default ``layers``."""
+        return self.layers
+
     def on_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the layers; a hook that came and went with each step would recompile them."""
-        for layer in self.layers:
+        for layer in self.noised(pl_module):
             module = pl_module.get_submodule(layer)
             self._handles.append(module.register_forward_hook(_NoiseHook(self, layer)))
 
@@ -180,8 +192,10 @@ class ActivationNoise(Regularizer):
 
     def change(self, layer: str, output: Any) -> Any:
         """What ``layer`` returns in place of ``output``: another tensor while a step runs."""
-        if self._now is None:
+        if self._now is None or self._now[0].evaluating:
             return output
+        if self.takes_tuples and isinstance(output, tuple) and output:
+            return (self.change(layer, output[0]), *output[1:])
         if not isinstance(output, Tensor):
             raise RegularizationError(
                 self,

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.engine.errors import ArgumentError, RegularizationError
 from lightning_reg.engine.schedule import (
     CallableSchedule,
-    ClosedLoop,
     ConstantSchedule,
     CosineSchedule,
     ExponentialSchedule,
     LinearSchedule,
+    ScaledSchedule,
     Schedule,
     StepSchedule,
     WarmupSchedule,
@@ -158,3 +159,9 @@ def test_a_strength_in_closed_loop_moves_with_validation_and_survives_a_resume(t
     assert first.value() == 0.5
     fit(second, 3, ckpt_path=tmp_path / "c.ckpt")
     assert second.value() == 0.75
+
+
+def test_a_scaled_schedule_is_the_product_at_every_position():
+    scaled = ScaledSchedule(LinearSchedule(0.0, 4.0, end=4, by="step"), 0.5)
+    assert [scaled.value(step=s) for s in (0, 1, 4, 9)] == [0.0, 0.5, 2.0, 2.0]
+    assert ScaledSchedule(3.0, 0.5).value() == 1.5

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_reg.engine import Paper, Schedule
 from lightning_reg.engine.errors import ArgumentError, check_range
 from lightning_reg.engine.schedule import By, LinearSchedule, StepSchedule
-from lightning_reg.mechanisms.attribute_schedule import AttributeSchedule, Target
+from lightning_reg.mechanisms.attribute_schedule import AttributeSchedule, Target, dropout_rates
 
 __all__ = ["DropoutSchedule", "dropout_factor"]
 
@@ -165,12 +163,7 @@ class DropoutSchedule(AttributeSchedule):
 
     def targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Target]:
         """Every rate of the module."""
-        found = {
-            f"{path}.{attribute}": (layer, attribute)
-            for path, layer in pl_module.named_modules()
-            if self.pattern is None or re.search(self.pattern, path)
-            for attribute in self._rates(layer)
-        }
+        found = dropout_rates(pl_module, self.pattern, self.attributes)
         if not found:
             raise ArgumentError(
                 self,
@@ -185,16 +178,6 @@ class DropoutSchedule(AttributeSchedule):
                 cure="DropoutSchedule(p=0.1)",
             )
         return found
-
-    def _rates(self, layer: nn.Module) -> Iterator[str]:
-        if isinstance(layer, _DropoutNd):
-            yield "p"
-        if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
-            yield "dropout"
-        for attribute in ("drop_prob", *self.attributes):
-            # A module of that name is a layer of its own, and comes along by itself.
-            if isinstance(getattr(layer, attribute, None), (int, float)):
-                yield attribute
 
     @classmethod
     def _check(

@@ -66,7 +66,8 @@ class GroupDRO(GroupReweighting):
         RegularizationError: if a group is none of ``num_groups``.
 
     Note:
-        The logged value is the effective sample size, a share of the batch. Over ranks: global;
+        The logged value is the effective sample size, a share of the batch. A sample that was mixed
+        belongs to the group of its own place in the batch. Over ranks: global;
         losses and groups of all ranks are gathered in each step, so that every rank holds the same
         ``q``, also where it has no sample of a group. Under accumulation ``q`` moves with each
         micro-batch. ``q`` is saved with the checkpoint; a batch whose loss is not finite does not

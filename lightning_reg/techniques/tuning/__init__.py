@@ -1,0 +1,1 @@
+"""Schedules and tools that choose how much to regularize, and when."""
