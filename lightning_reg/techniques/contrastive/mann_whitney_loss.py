@@ -121,7 +121,8 @@ class MannWhitneyLoss(ClassScores):
         rest. Under accumulation pairs are those of one micro-batch. Cost: P x N terms, in blocks,
         so that memory does not grow with the pairs.
 
-        A batch without positives, or without negatives, counts 0. Techniques that differentiate
+        A batch without positives, or without negatives, counts 0. With a label per pixel there are
+        too many pairs: it is for labels of samples. Techniques that differentiate
         the whole loss twice do not go with it. It hurts calibration: adding a
         constant to all scores changes nothing, so keep a loss beside it that does see it.
 
