@@ -122,6 +122,7 @@ from lightning_reg.techniques.contrastive.focal_info_nce import FocalInfoNCE as 
 from lightning_reg.techniques.contrastive.mann_whitney_loss import MannWhitneyContrastive as MannWhitneyContrastive
 from lightning_reg.techniques.contrastive.mann_whitney_loss import MannWhitneyLoss as MannWhitneyLoss
 from lightning_reg.techniques.contrastive.online_hard_negative_mixing import OnlineHardNegativeMixing as OnlineHardNegativeMixing
+from lightning_reg.techniques.contrastive.pretext_task import PretextTaskMixin as PretextTaskMixin
 from lightning_reg.techniques.contrastive.vicreg import VICReg as VICReg
 from lightning_reg.techniques.distillation.class_relation_distillation import ClassRelationDistillation as ClassRelationDistillation
 from lightning_reg.techniques.distillation.decoupled_distillation import DecoupledDistillation as DecoupledDistillation

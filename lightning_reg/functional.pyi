@@ -79,6 +79,10 @@ from lightning_reg.techniques.contrastive.dynamic_bad_pair_mining import bad_pai
 from lightning_reg.techniques.contrastive.focal_info_nce import focal_info_nce as focal_info_nce
 from lightning_reg.techniques.contrastive.mann_whitney_loss import mann_whitney_loss as mann_whitney_loss
 from lightning_reg.techniques.contrastive.online_hard_negative_mixing import mix_hard_negatives as mix_hard_negatives
+from lightning_reg.techniques.contrastive.pretext_task import jigsaw_permutations as jigsaw_permutations
+from lightning_reg.techniques.contrastive.pretext_task import jigsaw_pieces as jigsaw_pieces
+from lightning_reg.techniques.contrastive.pretext_task import pretext_task_loss as pretext_task_loss
+from lightning_reg.techniques.contrastive.pretext_task import quarter_turns as quarter_turns
 from lightning_reg.techniques.contrastive.vicreg import vicreg as vicreg
 from lightning_reg.techniques.distillation.class_relation_distillation import class_relation_distillation as class_relation_distillation
 from lightning_reg.techniques.distillation.decoupled_distillation import decoupled_distillation as decoupled_distillation
