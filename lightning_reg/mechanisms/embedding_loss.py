@@ -65,7 +65,7 @@ class ViewFinder:
                 shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
                 raise ArgumentError(
                     self.owner,
-                    f"`views` names {layer!r}, which this module does not have; it has "
+                    f"takes embeddings from {layer!r}, which this module does not have; it has "
                     f"{shown or 'no submodules'}",
                     cure=f'{self.owner}(views="{known[0] if known else "encoder"}")',
                 )
