@@ -263,6 +263,8 @@ class WeightedSelfDistillation(Teacher):
 
     def acts_in(self, phase: str) -> bool:
         """Each form acts in a phase of its own."""
+        if phase == "scale_loss":
+            return self.form == "regression"
         return phase not in _PHASES.values() or phase == _PHASES[self.form]
 
     def active(self, context: Any) -> bool:
