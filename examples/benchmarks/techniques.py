@@ -88,6 +88,11 @@ SETTINGS: dict[str, Callable[[str], Callback]] = {
     "VeryLargeDropout": lambda m: reg.VeryLargeDropout(layers="encoder"),
     "VonNeumannEntropy": lambda m: reg.VonNeumannEntropy(layer="encoder"),
     "WorstGroupLoss": lambda m: reg.WorstGroupLoss(num_groups=4, signals=GROUPS),
+    "AdaptiveRegularizationSchedule": lambda m: reg.AdaptiveRegularizationSchedule(
+        dropout=[0.1, 0.3], stages=2
+    ),
+    "ManifoldLipschitzDual": lambda m: reg.ManifoldLipschitzDual(bandwidth=1.0),
+    "ManifoldMixup": lambda m: reg.ManifoldMixup(layers=["encoder"]),
 }
 
 
@@ -203,12 +208,15 @@ OTHER_TASKS = {
     "FocalInfoNCE": "views",
     "GroupDRO": "groups",
     "H1SeminormLoss": "fields",
+    "ManifoldLipschitzDual": "classes, indexed",
     "MannWhitneyContrastive": "views",
     "MannWhitneyLoss": "binary",
+    "MatchingSurrogateLoss": "binary",
     "OnlineHardNegativeMixing": "views",
     "ProgressiveSelfDistillation": "classes, indexed",
     "R1Penalty": "critic",
     "R2Penalty": "critic",
+    "RegularizeOnlyOnRepeat": "classes, indexed",
     "RightForRightReasons": "masks",
     "SAF": "classes, indexed",
     "ScoreDistributionSoftLabel": "groups",
@@ -227,12 +235,16 @@ ONLY = {
 }
 
 NOT_HERE = {
+    "AugmentationPolicy": "needs torchvision, whose transforms are all that it costs",
+    "LassoTaskWeights": "needs a classifier for each task",
+    "LieSymmetryAugment": "moves solutions of differential equations",
     "CDEP": "decomposes layers that residual blocks and attention are not made of",
     "ClassGaussianCalibration": "a second stage: a pass over the data, then a linear layer",
     "ConditionalMoERouting": "needs a mixture of experts",
     "EATA": "adapts at test time",
     "EarthMoverTokenLoss": "needs a language model",
     "EMAReferenceKL": "needs a policy",
+    "ExactGaussNewton": "a backward pass for each of a batch's outputs, here 320 a step",
     "MiniBatchAwareL2": "needs embeddings of sparse features",
     "ModelSoup": "acts once, at the end",
     "MuParametrization": "acts once, at the start",
@@ -240,10 +252,12 @@ NOT_HERE = {
     "PathNormPenalty": "needs a chain of two linear layers",
     "PhasedCurriculum": "chooses samples; a step costs what it did",
     "PoincareProjection": "needs embeddings",
+    "PrincipalGradientAggregation": "acts between ranks",
     "ReconstructionContraction": "needs an autoencoder",
     "SchattenShrinkageReadout": "acts once, at the end",
     "SliceDiscoveryRebalancing": "a second stage: a pass over the data, then a linear layer",
     "Tent": "adapts at test time",
+    "VanishingGradientRegularizer": "needs a recurrent network",
     "ZeroDiagonalRidge": "acts once, at the end",
 }
 

@@ -57,15 +57,15 @@ class ViewFinder:
         """The submodules to capture."""
         return tuple(view for view in self.names if not view.startswith("outputs."))
 
-    def check(self, module: pl.LightningModule) -> None:
-        """Refuse a layer that is not there."""
+    def check(self, module: pl.LightningModule, layers: Sequence[str] | None = None) -> None:
+        """Refuse a layer that is not there; by default those of the views."""
         known = [name for name, _ in module.named_modules() if name]
-        for layer in self.layers:
+        for layer in self.layers if layers is None else layers:
             if module.automatic_optimization and layer not in known:
                 shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
                 raise ArgumentError(
                     self.owner,
-                    f"`views` names {layer!r}, which this module does not have; it has "
+                    f"takes embeddings from {layer!r}, which this module does not have; it has "
                     f"{shown or 'no submodules'}",
                     cure=f'{self.owner}(views="{known[0] if known else "encoder"}")',
                 )
@@ -153,7 +153,7 @@ class TwoViews(Regularizer):
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there."""
         super().validate(trainer, pl_module)
-        self._views.check(pl_module)
+        self._views.check(pl_module, self.layers)
 
     def joint_views(self, step: Step, *companions: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Both views, and what goes with them, of the samples of all ranks, by one gather.

@@ -158,9 +158,10 @@ class FeatureDistillation(GivenTeacher):
 
 def _on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Feature maps (B, d, H, W), averaged to the smaller height and the smaller width."""
-    size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    height, width = (min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    size = (height, width)
     grids = [
-        maps if list(maps.shape[2:]) == size else F.adaptive_avg_pool2d(maps, size)
+        maps if maps.shape[2:] == size else F.adaptive_avg_pool2d(maps, size)
         for maps in (student, teacher)
     ]
     return grids[0], grids[1]

@@ -70,7 +70,14 @@ class GradientAggregation(Regularizer):
         model: Any = trainer.strategy.model
         self._check_reduction(trainer, model)
         # Not the method itself: DDP reads annotations as objects, and here they are strings.
-        model.register_comm_hook(None, lambda state, bucket: self._reduce(comm, bucket))
+        try:
+            model.register_comm_hook(None, lambda state, bucket: self._reduce(comm, bucket))
+        except RuntimeError as error:
+            raise UnsupportedError(
+                self,
+                f"takes the place of DDP's reduction, which another hook has taken ({error})",
+                cure="DDPStrategy(ddp_comm_hook=None)",
+            ) from error
 
     def edit_gradients(self, update: ParameterUpdate) -> Tensor | None:
         """Phase 7: the gradients have been aggregated by the backward; how far from the mean?"""

@@ -224,8 +224,8 @@ class HeadRefit(Regularizer):
                 if not given:
                     raise self._not_called()
                 parts.append(self._rows_of(step, given[-1], counted))
-        width = torch.tensor(max((part.shape[1] for part in parts), default=0))
-        width = int(comm.reduce(width.to(module.device), "max"))
+        own_width = torch.tensor(max((part.shape[1] for part in parts), default=0))
+        width = int(comm.reduce(own_width.to(module.device), "max"))
         own = torch.cat(parts) if parts else torch.zeros(0, width, dtype=_precise(module.device))
         joint = comm.gather(own.to(module.device))
         joint = joint[joint.isfinite().all(1)]

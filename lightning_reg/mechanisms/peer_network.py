@@ -184,7 +184,9 @@ class PeerNetwork(Regularizer):
         with step.trainer.precision_plugin.forward_context():
             if self.looks:
                 with _evaluating(step, module), torch.no_grad():
-                    own = {n: p for n, p in module.named_parameters() if n in tensors}
+                    own: dict[str, Tensor] = {
+                        name: p for name, p in module.named_parameters() if name in tensors
+                    }
                     looks = [self._logits(module, t, inputs) for t in (own, tensors)]
                 # In older torch it holds half-precision copies that were made without a graph.
                 torch.clear_autocast_cache()

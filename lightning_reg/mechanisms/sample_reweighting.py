@@ -198,7 +198,8 @@ def _sample_of(targets: Tensor, classes: int, rows: int, device: torch.device) -
     if rows == len(targets):
         return None
     positions = sample_of_rows(targets, classes, rows, device)
-    return positions.unique_consecutive(return_inverse=True)[1]
+    sample: Tensor = torch.unique_consecutive(positions, return_inverse=True)[1]
+    return sample
 
 
 def _means(losses: Tensor, sample: Tensor | None) -> Tensor:

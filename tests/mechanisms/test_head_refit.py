@@ -135,3 +135,12 @@ def test_a_head_that_forward_does_not_call_is_named():
 
     with pytest.raises(MissingSignalError, match="does not call it"):
         _fit(Kept(), module=Around())
+
+
+def test_held_out_batches_come_in_the_precision_of_the_run():
+    technique = Kept()
+    module = Net()
+    data = DataLoader(TensorDataset(INPUTS, LABELS), 16)
+    trainer([technique], max_epochs=1, precision="64-true").fit(module, data)
+    expected = module.double().eval().encoder(INPUTS.double()).relu().detach()
+    torch.testing.assert_close(technique.rows.features, expected, rtol=1e-14, atol=0)

@@ -13,7 +13,14 @@ from tests.strategies.uneven import changes_the_loss, chosen, on_rank, train, tw
 SUBJECTS = chosen()
 # What they add follows from the user's loss, which is taken away here, or from draws for each
 # rank's own samples: ranks have to agree, and to finish.
-OF_THE_LOSS = ["AAER", "ELLE", "MESA", "TruncatedModelStep"]
+OF_THE_LOSS = [
+    "AAER",
+    "AgreementGradientDropout",
+    "ELLE",
+    "MESA",
+    "TruncatedModelStep",
+    "VanishingGradientRegularizer",
+]
 PENALTIES = [
     n for n, s in SUBJECTS.items() if not changes_the_loss(s.technique()) and n not in OF_THE_LOSS
 ]

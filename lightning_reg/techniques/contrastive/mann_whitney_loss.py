@@ -32,7 +32,7 @@ def mann_whitney_loss(positives: Tensor, negatives: Tensor, temperature: float =
 
     ``1[s_i <= s_j] <= softplus(-(s_i - s_j) / t) / log 2``: divided by ``log 2`` it bounds one
     minus the area under the ROC curve from above. Pairs are gone through in blocks: memory is
-    O(P + N), in backward too.
+    O(P + N), in backward too. It can be differentiated once.
 
     Args:
         positives: (P,) scores.
@@ -121,7 +121,9 @@ class MannWhitneyLoss(ClassScores):
         rest. Under accumulation pairs are those of one micro-batch. Cost: P x N terms, in blocks,
         so that memory does not grow with the pairs.
 
-        A batch without positives, or without negatives, counts 0. It hurts calibration: adding a
+        A batch without positives, or without negatives, counts 0. With a label per pixel there are
+        too many pairs: it is for labels of samples. Techniques that differentiate
+        the whole loss twice do not go with it. It hurts calibration: adding a
         constant to all scores changes nothing, so keep a loss beside it that does see it.
 
     Example:

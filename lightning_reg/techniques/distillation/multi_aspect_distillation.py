@@ -170,4 +170,5 @@ class MultiAspectDistillationMixin(Technique, _Base):
             value = comm.mean(losses.flatten(), (~aspects.isnan()).flatten())
         if self.training and trainer is not None and trainer._logger_connector.should_update_logs:
             self.log("reg/multi_aspect_distillation", value.detach())
-        return loss + strength * value
+        total: Tensor = loss + strength * value
+        return total

@@ -122,7 +122,8 @@ def optimal_alpha(targets: Tensor, labels_fit: Tensor, past_fit: Tensor) -> Tens
         A scalar, in [0, 1] or not; NaN where both fits predict the same.
     """
     above, below = _products(targets, labels_fit, past_fit)
-    return above / below
+    weight: Tensor = above / below
+    return weight
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -262,6 +263,8 @@ class WeightedSelfDistillation(Teacher):
 
     def acts_in(self, phase: str) -> bool:
         """Each form acts in a phase of its own."""
+        if phase == "scale_loss":
+            return self.form == "regression"
         return phase not in _PHASES.values() or phase == _PHASES[self.form]
 
     def active(self, context: Any) -> bool:

@@ -97,7 +97,7 @@ class ExactGaussNewton(Regularizer):
         ArgumentError: if an argument is outside its range.
         RegularizationError: in the first step, if the loss does not depend on the logits.
         UnsupportedError: beside penalties on weights whose gradients bypass the loss; if
-            parameters are trained outside of ``network``; where weights are sharded.
+            parameters are trained outside of ``network``; where weights are sharded; on MPS.
 
     Note:
         Over ranks and micro-batches: global; the step is that of the joint batch of all ranks and
@@ -190,6 +190,12 @@ class ExactGaussNewton(Regularizer):
                 self,
                 f"makes a step for the loss, and {other} adds to gradients behind its back",
                 cure=f'{other}(..., mode="loss")',
+            )
+        if trainer.strategy.root_device.type == "mps":
+            raise UnsupportedError(
+                self,
+                "solves in float64, which MPS does not have",
+                cure='Trainer(accelerator="cpu")',
             )
         known = [name for name, _ in pl_module.named_modules() if name]
         if self.network is not None and self.network not in known:

@@ -213,7 +213,8 @@ class VanishingGradientRegularizer(Regularizer):
         assert step.loss is not None
         scale = _scale(step)
         if isinstance(layer, nn.RNN):
-            weight = full_precision(layer.weight_hh_l0)
+            recurrent: Any = layer.weight_hh_l0
+            weight = full_precision(recurrent)
             sequences = [
                 self._of_layer(step.loss, scale, call, layer, weight.detach()) for call in calls
             ]

@@ -84,8 +84,8 @@ class BagInstanceInterpolation(Regularizer):
         Over ranks: global; predictions, responses and bags of all ranks are gathered with gradients
         first, so that a bag may lie on several ranks. A bag of which a batch holds a part only is
         represented by that part: use a sampler of whole bags. Under accumulation bags are those of
-        one micro-batch. Cost: one gather of 2 C + 1 numbers a sample, sums over bags, and a host
-        sync to number them.
+        one micro-batch. Cost: a gather of 2 C numbers a sample and one of the bags, sums over
+        bags, and a host sync to number them.
 
         As the only loss, let ``training_step`` return a zero of the network, ``0.0 *
         prediction.sum()``. It hurts where labels of samples are known: use those.

@@ -108,8 +108,8 @@ class ThurstoneFidelityLoss(Regularizer):
     Note:
         Over ranks: global; scores of all ranks are gathered with gradients, each rank takes the
         pairs of its own samples with all others, and their mean shares the one all-reduce of all
-        means. Under accumulation pairs are those of one micro-batch. Cost: one gather of 5 numbers
-        a sample, and a normal distribution function a pair.
+        means. Under accumulation pairs are those of one micro-batch. Cost: a gather of 4 numbers
+        a sample and one of its group, and a normal distribution function a pair.
 
         It does not say what a score is, only which is higher: keep a loss beside it that does, as
         :class:`ScoreDistributionSoftLabel`.

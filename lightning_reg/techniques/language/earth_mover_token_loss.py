@@ -211,8 +211,8 @@ class EarthMoverTokenLoss(LossReplacement):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the embeddings of a checkpoint."""
-        saved = state_dict.get("unit")
-        self._resumed = saved is not None and saved.numel() > 0
+        saved: Tensor = state_dict.get("unit", torch.empty(0))
+        self._resumed = saved.numel() > 0
         self._unit = saved.clone() if self._resumed else None
 
     def _labels(self, step: Step, distribution: Tensor) -> Tensor:
@@ -224,23 +224,23 @@ class EarthMoverTokenLoss(LossReplacement):
         return labelled(targets, targets, distribution.shape[-1])
 
     def _weight(self, module: nn.Module) -> Tensor:
-        tables = {name: part for name, part in module.named_modules() if _is_table(part)}
+        tables = {name: _table(part) for name, part in module.named_modules()}
+        tables = {name: table for name, table in tables.items() if table is not None}
         found = [n for n in tables if n == self.head or n.endswith(f".{self.head}")]
-        if self.head in tables:
-            found = [self.head]
-        if len(found) != 1:
+        table = tables.get(self.head, tables[found[0]] if len(found) == 1 else None)
+        if table is None:
             raise ArgumentError(
                 self,
                 f"takes embeddings from {self.head!r}, which fits {len(found)} layers of this "
                 f"module with a weight (V, d); it has {', '.join(tables) or 'none'}",
                 cure=f'EarthMoverTokenLoss(head="{next(reversed(tables), "lm_head")}")',
             )
-        return tables[found[0]].weight.detach()  # type: ignore[operator, union-attr, return-value]
+        return table
 
 
-def _is_table(part: nn.Module) -> bool:
+def _table(part: nn.Module) -> Tensor | None:
     weight = getattr(part, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2
+    return weight.detach() if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 def _unit(weight: Tensor) -> Tensor:

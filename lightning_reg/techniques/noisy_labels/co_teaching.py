@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -40,7 +41,7 @@ def forget_share(epoch: int, num_gradual: int = 10, exponent: float = 1.0, start
     if num_gradual == 0:
         return 1.0
     # An only epoch of rise is its first, at 0.
-    return min(1.0, float(epoch - start) ** exponent / max(num_gradual - 1, _ROUNDING))
+    return min(1.0, math.pow(epoch - start, exponent) / max(num_gradual - 1, _ROUNDING))
 
 
 def small_loss_weights(losses: Tensor, forget_rate: float) -> Tensor:
@@ -208,11 +209,11 @@ class CoTeaching(PeerNetwork):
         said = self.answers(step)
         losses = soft_cross_entropy(logits, distribution)
         peer_losses = soft_cross_entropy(self._rows(step, said.peer), distribution)
-        seen = losses, peer_losses
+        seen, peer_seen = losses, peer_losses
         if said.own_look is not None and said.peer_look is not None:
-            looks = (self._rows(step, look) for look in (said.own_look, said.peer_look))
-            seen = tuple(soft_cross_entropy(look, distribution) for look in looks)
-        from_peer, to_peer = self._weights(step, *(loss.detach() for loss in seen))
+            seen = soft_cross_entropy(self._rows(step, said.own_look), distribution)
+            peer_seen = soft_cross_entropy(self._rows(step, said.peer_look), distribution)
+        from_peer, to_peer = self._weights(step, seen.detach(), peer_seen.detach())
         own, peer = from_peer * losses, to_peer * peer_losses
         if not step.is_rerun:
             step.log(self, own.detach().mean())

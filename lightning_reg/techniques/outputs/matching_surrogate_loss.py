@@ -29,7 +29,8 @@ def _tanh(z: Tensor) -> Tensor:
 
 def _probit(z: Tensor) -> Tensor:
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-    return z * torch.special.ndtr(z) + density - 1 / math.sqrt(2 * math.pi)
+    below: Tensor = torch.special.ndtr(z)
+    return z * below + density - 1 / math.sqrt(2 * math.pi)
 
 
 # The integral of each activation from 0.

@@ -35,7 +35,7 @@ class PaLMZLoss(OutputPenalty):
     The loss becomes ``CE + lambda log^2 Z`` with ``Z = sum_c exp(z_c)``. The cross-entropy leaves
     one direction free, a shift of all logits alike; in half precision logits that have drifted
     far are rounded coarsely, and training becomes unstable. ``lambda = 1e-4`` is the paper's.
-    Confirmed against google-research/t5x (t5x/losses.py, ``cross_entropy_with_logits``).
+    The form is that of t5x (``cross_entropy_with_logits``), seen in copies of its losses.
 
     Args:
         strength: ``lambda``, at least 0.

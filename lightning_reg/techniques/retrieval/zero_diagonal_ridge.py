@@ -69,7 +69,8 @@ class ZeroDiagonalRidge(ClosedFormReadout):
         Over ranks: global; the Gram matrices of all ranks are summed and solved once, for one
         all-reduce of ``2 n^2`` numbers a micro-batch. Cost: a Gram matrix a micro-batch, an
         inverse (n, n) an epoch, both in float64; memory for 3 n^2 numbers. Tens of thousands of
-        items are the limit. The log shows the mean squared residual of a user.
+        items are the limit. The log shows the mean squared residual of a user. A run that ends
+        inside an epoch (``max_steps``) leaves the layer as it is.
 
         A model that consists of nothing else needs one epoch and no optimizer
         (``configure_optimizers`` returns ``None``). In one process its ``training_step`` may return

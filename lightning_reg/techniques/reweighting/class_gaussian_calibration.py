@@ -107,7 +107,8 @@ def gaussian_features(
         return mean + noise * covariance.sqrt()
     # Not by Cholesky, which a covariance of fewer rows than dimensions does not have.
     values, vectors = torch.linalg.eigh(covariance)
-    return mean + noise * values.clamp_min(0).sqrt() @ vectors.t()
+    drawn: Tensor = mean + noise * values.clamp_min(0).sqrt() @ vectors.t()
+    return drawn
 
 
 def mahalanobis_outliers(features: Tensor, share: float, steps: int = 20) -> Tensor:
@@ -180,9 +181,10 @@ class ClassGaussianCalibration(HeadRefit):
     The steps are those of the abstract; the formulas of the borrowing are from memory of the paper
     and not checked against code: its weights ``omega`` and ``gamma_k``, which shrinks with the
     class's count, are ours, as are the defaults. The paper works on features of unsupervised
-    contrastive pretraining, which wrong labels have not touched, and holds the encoder close to
-    them while the classifier trains. Here the encoder is what your training makes of it: pretrain
-    it without labels (``DecoupledContrastive``, ``VICReg``), or freeze it.
+    contrastive pretraining, which wrong labels have not touched, and its second part holds the
+    features of each sample close to those while the network trains: start from an encoder that
+    was pretrained without labels (``DecoupledContrastive``, ``VICReg``), and add
+    ``PreviousTaskDistillation(1.0, target="features", layer="encoder", from_start=True)``.
 
     Args:
         head: the name of the classifier, an ``nn.Linear`` whose input are the features.

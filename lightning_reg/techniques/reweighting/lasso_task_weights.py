@@ -191,7 +191,8 @@ class LassoTaskWeights(GroupReweighting):
         self.floor = floor
         self.target_share = target_share
         self.start = start
-        self._forget()
+        self.nu = torch.zeros(num_tasks - 1, dtype=torch.float64)
+        self._epoch = -1
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse classifiers that are not there, or of another number."""
@@ -201,7 +202,7 @@ class LassoTaskWeights(GroupReweighting):
     def on_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run from step 0 knows nothing of its tasks."""
         if int(trainer.global_step) == 0:
-            self._forget()
+            self.nu, self._epoch = torch.zeros_like(self.nu), -1
 
     def prepare(self, step: Step) -> None:
         """At the start of an epoch: find ``nu``."""
@@ -232,10 +233,6 @@ class LassoTaskWeights(GroupReweighting):
         super().load_state_dict(state_dict)
         self.nu = state_dict["nu"].clone()
         self._epoch = int(state_dict["epoch"])
-
-    def _forget(self) -> None:
-        self.nu = torch.zeros(self.num_groups - 1, dtype=torch.float64)
-        self._epoch = -1
 
     def _classifiers(self, module: nn.Module) -> Tensor:
         """(num_tasks, d) the parameters of each task's classifier."""

@@ -14,6 +14,7 @@ from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.memory import take_index
 from lightning_reg.engine.signals import read_path
 from lightning_reg.engine.technique import Semantics
+from lightning_reg.mechanisms.head_choice import HeadChoice
 from lightning_reg.mechanisms.head_refit import Data, Head, HeadRefit, HeadRows
 
 __all__ = ["SliceDiscoveryRebalancing", "balanced_rows", "slice_gaps"]
@@ -127,6 +128,7 @@ class SliceDiscoveryRebalancing(HeadRefit):
     Attributes:
         gaps: (C, A) of the trained network, after a fit.
         chosen: the attributes that were acted on, largest gap first.
+        heads: their classifiers.
 
     Raises:
         ArgumentError: if an argument is outside its range.
@@ -213,14 +215,16 @@ class SliceDiscoveryRebalancing(HeadRefit):
         self.max_attributes = int(max_attributes)
         self.limit = int(limit)
         self.combine: Combine = combine
-        self._forget()
+        self.gaps = torch.zeros(0, 0)
+        self.chosen: list[int] = []
+        self.heads = self._no_heads()
 
     # ------------------------------------------------------------------ the second stage
 
     def on_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run from step 0 has found nothing yet."""
         if int(trainer.global_step) == 0:
-            self._forget()
+            self.gaps, self.chosen, self.heads = torch.zeros(0, 0), [], self._no_heads()
 
     def extras(self, step: Step) -> Tensor:
         """The scores of the batch."""
@@ -242,12 +246,7 @@ class SliceDiscoveryRebalancing(HeadRefit):
         self.chosen = [a for a, _ in found]
         if not found:
             return None
-        weights = torch.stack([fit.weight for _, fit in found])
-        biases = [fit.bias for _, fit in found if fit.bias is not None]
-        self._weights = weights.to(head.weight)
-        self._biases = torch.stack(biases).to(head.weight) if biases else weights.new_zeros(0)
-        mean = None if head.bias is None else self._biases.mean(0)
-        return Head(self._weights.mean(0), mean)
+        return self.heads.hold([fit for _, fit in found], head.weight)
 
     def _balanced(self, rows: HeadRows, head: Head, attribute: int) -> Head | None:
         scores = rows.extras[:, attribute]
@@ -322,45 +321,25 @@ class SliceDiscoveryRebalancing(HeadRefit):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the head to itself."""
-        self._leave()
+        self.heads.detach()
         super().on_validation_end(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the head to itself."""
-        self._leave()
+        self.heads.detach()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the head to itself."""
-        self._leave()
+        self.heads.detach()
 
     def _serve(self, module: pl.LightningModule) -> None:
-        if self.combine == "attribute" and self.chosen and self._hook is None:
-            head = self._module_of(module)
-            self._hook = head.register_forward_hook(self._classify)
+        if self.combine == "attribute":
+            self.heads.attach(self._module_of(module))
 
     def _look(self, batch: Any) -> None:
-        if self._hook is not None:
+        if self.heads.attached:
             scores = self._scores_of(take_index(batch)[0])
-            self._attribute = scores[:, self.chosen].argmax(1)
-
-    def _classify(self, part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The logits (B, ..., C) of each sample's own classifier."""
-        features, chosen = args[0], self._attribute
-        if chosen is None or len(chosen) != len(features):
-            size = "none" if chosen is None else len(chosen)
-            raise RegularizationError(
-                self,
-                f"chooses a classifier by the attributes of each sample; the head is given "
-                f"{len(features)} samples and the batch has attributes of {size}",
-                cure='SliceDiscoveryRebalancing(head="head", combine="mean")',
-            )
-        chosen = chosen.to(output.device)
-        weights = self._weights.to(features)[chosen]
-        logits = torch.einsum("b...d,bcd->b...c", features, weights)
-        if len(self._biases):
-            biases = self._biases.to(features)[chosen]
-            logits = logits + biases.view(len(biases), *[1] * (logits.ndim - 2), -1)
-        return logits.to(output.dtype)
+            self.heads.choose(scores[:, self.chosen].argmax(1))
 
     # ------------------------------------------------------------------ state
 
@@ -370,8 +349,7 @@ class SliceDiscoveryRebalancing(HeadRefit):
             **super().state_dict(),
             "gaps": self.gaps.cpu(),
             "chosen": list(self.chosen),
-            "weights": self._weights.cpu(),
-            "biases": self._biases.cpu(),
+            "heads": self.heads.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -379,26 +357,11 @@ class SliceDiscoveryRebalancing(HeadRefit):
         super().load_state_dict(state_dict)
         self.gaps = state_dict["gaps"].clone()
         self.chosen = [int(a) for a in state_dict["chosen"]]
-        self._weights = state_dict["weights"].clone()
-        self._biases = state_dict["biases"].clone()
+        self.heads.load_state_dict(state_dict["heads"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The hook belongs to one module.
-        return {**super().__getstate__(), "_hook": None, "_attribute": None}
-
-    def _forget(self) -> None:
-        self.gaps = torch.zeros(0, 0)
-        self.chosen: list[int] = []
-        self._weights = torch.zeros(0)
-        self._biases = torch.zeros(0)
-        self._hook: Any = None
-        self._attribute: Tensor | None = None
-
-    def _leave(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook, self._attribute = None, None
+    def _no_heads(self) -> HeadChoice:
+        return HeadChoice(self, 'SliceDiscoveryRebalancing(head="head", combine="mean")')
 
     def _close(self) -> None:
-        self._leave()
+        self.heads.detach()
         super()._close()

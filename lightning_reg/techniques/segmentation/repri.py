@@ -88,7 +88,7 @@ def repri(
     third = weight if entropy_weight is None else entropy_weight
     with torch.inference_mode(False), torch.autocast(query.device.type, enabled=False):
         task = _Task.of(support, support_labels, query, query_valid, temperature)
-        pi = task.share(*task.start()) if proportion is None else _normal(proportion).to(task.query)
+        pi = task.share(*task.start()) if proportion is None else proportion.to(task.query)
         state = task.start()
         for iteration in range(2, iterations + 1):
             state = task.step(state, pi, lr, first, third)

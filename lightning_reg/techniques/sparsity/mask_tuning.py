@@ -140,7 +140,8 @@ class MaskTuning(Reparameterization):
             covered = name.endswith(".original")
             asked = self.train is not None and re.search(self.train, name) is not None
             if parameter.requires_grad and id(parameter) not in own and (covered or not asked):
-                self._frozen.append(parameter.requires_grad_(False))
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
 
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plain weights, which learn again."""

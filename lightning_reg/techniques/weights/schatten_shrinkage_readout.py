@@ -106,7 +106,8 @@ class SchattenShrinkageReadout(ClosedFormReadout):
     Note:
         Over ranks: global; the sums of all ranks are solved, for one all-reduce of ``d (d + c)``
         numbers a micro-batch. Cost: a Gram matrix of the features a micro-batch, and an
-        eigendecomposition (d, d) an epoch. The log shows the mean squared residual.
+        eigendecomposition (d, d) an epoch. The log shows the mean squared residual. A run that
+        ends inside an epoch (``max_steps``) leaves the head as it is.
 
         The head's own gradient steps go on between two solutions; freeze it
         (``requires_grad_(False)``) to leave it to the solution alone. Features are those that the

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lightning_reg.techniques.reweighting.ada_wac import ada_wac
 from lightning_reg.techniques.reweighting.class_gaussian_calibration import calibrated_gaussians
@@ -13,24 +12,8 @@ from lightning_reg.techniques.reweighting.neural_collapse_regularizer import (
 )
 from lightning_reg.techniques.reweighting.slice_discovery_rebalancing import slice_gaps
 from lightning_reg.testing import ContractCase
-from lightning_reg.testing.hosts import ClassifierHost, DictBatchHost
-
-VIEWS = ["first", "second"]
-
-
-class TwoViewHost(ClassifierHost):
-    """The classifier on each sample, with features of it and of a shifted copy."""
-
-    def build(self, options):
-        super().build(options)
-        self.first, self.second = nn.Identity(), nn.Linear(16, 16)
-
-    def compute(self, batch):
-        loss, signals = super().compute(batch)
-        x = signals["inputs"]
-        self.first(self.encoder(x))
-        self.second(self.encoder(x.roll(1, 1)))
-        return loss, signals
+from lightning_reg.testing.hosts import DictBatchHost
+from tests.contract.cases.contrastive import VIEWS, TwoViewHost
 
 
 def _ada_wac_value(probe):

@@ -98,18 +98,19 @@ def test_many_draws_come_to_the_expected_information():
 
 
 def test_training_balances_what_modalities_are_used_for():
-    # Information of b over that of a: 0.16 and 0.42 without, 1.04 and 0.91 with.
-    ratios = {0.0: [], 0.1: []}
-    for strength, found in ratios.items():
-        for seed in range(2):
-            technique = FunctionalEntropyRegularizer(strength, layers=["a", "b"], sigma=0.3)
-            module = Two()
-            data = DataLoader(TensorDataset(*samples(seed, 256)), 64)
-            trainer([technique], max_epochs=20).fit(module, data)
-            a, b = information(module, 0.3)
-            found.append(float(min(a, b) / max(a, b)))
-    assert max(ratios[0.0]) < 0.6
-    assert min(ratios[0.1]) > 0.75
+    # The smaller information over the larger: 0.16 without, 0.96 with; 0.42 and 0.91 with another
+    # seed.
+    ratios = []
+    for strength in (0.0, 0.1):
+        technique = FunctionalEntropyRegularizer(strength, layers=["a", "b"], sigma=0.3)
+        module = Two()
+        trainer([technique], max_epochs=20).fit(
+            module, DataLoader(TensorDataset(*samples(0, 256)), 64)
+        )
+        a, b = information(module, 0.3)
+        ratios.append(float(min(a, b) / max(a, b)))
+    assert ratios[0] < 0.4
+    assert ratios[1] > 0.75
 
 
 def test_the_gradient_reaches_the_encoder_of_a_modality():

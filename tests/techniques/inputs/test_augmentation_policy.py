@@ -149,7 +149,7 @@ def test_settings_that_a_policy_does_not_have_are_refused(fake):
 @pytest.mark.parametrize("policy", ["rand_augment", "trivial_augment", "auto_augment", "aug_mix"])
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_torchvisions_policies_distort_images_within_their_range(policy, per):
-    pytest.importorskip("torchvision.transforms.v2", exc_type=ImportError)
+    pytest.importorskip("torchvision.transforms.v2")
     made = AugmentationPolicy(policy, per=per)._policy
     images = IMAGES.repeat(1, 3, 2, 2)
     chosen = torch.ones(64, dtype=torch.bool) if per == "sample" else None

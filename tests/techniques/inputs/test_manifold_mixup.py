@@ -122,7 +122,7 @@ class Deep(Host):
     """A network of three layers on samples around four centres."""
 
     def __init__(self):
-        super().__init__(lr=0.1)
+        super().__init__(lr=0.2)
         widths = (8, 32, 32)
         parts = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         self.net = nn.Sequential(*parts, nn.Linear(32, 4))
@@ -138,7 +138,7 @@ def spread(techniques, seed):
     centres = torch.randn(4, 8, generator=generator)
     x = centres[y] + 0.7 * torch.randn(128, 8, generator=generator)
     module = Deep()
-    trainer(techniques, max_epochs=80).fit(module, DataLoader(TensorDataset(x, y), 32))
+    trainer(techniques, max_epochs=40).fit(module, DataLoader(TensorDataset(x, y), 32))
     hidden = module.net[:2](x).detach()
     means = torch.stack([hidden[y == c].mean(0) for c in range(4)])
     within = (hidden - means[y]).square().sum(1).mean()
@@ -146,7 +146,7 @@ def spread(techniques, seed):
 
 
 def test_states_of_a_class_come_together():
-    # 0.08 with and 0.18 without; with two other seeds 0.06 and 0.12, 0.09 and 0.12.
+    # 0.07 with and 0.16 without; with two other seeds 0.06 and 0.14, 0.12 and 0.33.
     mixed = ManifoldMixup(layers=["net.1"], include_inputs=False)
     assert spread([mixed], 1) < 0.7 * spread([], 1)
 

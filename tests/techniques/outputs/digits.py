@@ -73,3 +73,12 @@ def predictions(callbacks, seed, size=400, noise=0.0, epochs=30, indexed=False, 
 def accuracy(logits, labels):
     """The share of right answers."""
     return float((logits.argmax(1) == labels).float().mean())
+
+
+def calibration_error(logits, labels, bins=15):
+    """The mean gap of confidence and accuracy over bins of equal width, by samples (ECE)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    right = (predicted == labels).float()
+    place = (confidence * bins).long().clamp_max(bins - 1)
+    gaps = torch.zeros(bins).index_add(0, place, confidence - right)
+    return float(gaps.abs().sum() / len(labels))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg import ClassGaussianCalibration
+from lightning_reg import ClassGaussianCalibration, PreviousTaskDistillation
 from lightning_reg.functional import (
     calibrated_gaussians,
     class_gaussians,
@@ -162,3 +162,36 @@ def test_draws_fill_every_class_up_to_the_largest():
         technique = Counted(head="head", outliers="none", max_per_class=limit)
         trainer([technique], max_epochs=1).fit(Frozen(), data)
         assert technique.counts == expected
+
+
+class Pretrained(Frozen):
+    """An encoder that starts as it was pretrained, in front of the classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(6, 6, bias=False)
+        nn.init.eye_(self.encoder.weight)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def test_both_parts_of_the_paper_work_in_one_run():
+    """Features are held to those of pretraining, and the classifier is calibrated on them."""
+    x, noisy, _ = _blobs(0, [400, 100, 30], 0.15)
+    test, _, truth = _blobs(100, [500, 500, 500], 0.0)
+    drifts, recalls = [], []
+    for held in (False, True):
+        pull = PreviousTaskDistillation(2.0, target="features", layer="encoder", from_start=True)
+        calibration = ClassGaussianCalibration(head="head", outliers="mahalanobis")
+        module, order = Pretrained(), _generator(0)
+        data = DataLoader(TensorDataset(x, noisy), 64, shuffle=True, generator=order)
+        both = [pull, calibration] if held else []
+        trainer(both, max_epochs=10).fit(module, data)
+        with torch.no_grad():
+            drifts.append(float((module.encoder(x) - x).square().mean()))
+            right = module(test).argmax(1) == truth
+        recalls.append(float(right[truth == 2].float().mean()))
+    # Measured: 0.070 against 0.020, and 0.64 against 0.80.
+    assert drifts[1] < 0.5 * drifts[0]
+    assert recalls[1] > recalls[0] + 0.08

@@ -122,7 +122,7 @@ def test_the_attribute_with_the_largest_score_chooses_the_classifier():
     assert len(technique.chosen) == 2
     test = _birds(30, 100, 0.5)
     found = torch.cat(run.predict(module, DataLoader(test, 40)))
-    weights, biases = (technique.state_dict()[name] for name in ("weights", "biases"))
+    weights, biases = technique.heads.weights, technique.heads.biases
     x, _, scores = test.tensors
     chosen = scores[:, technique.chosen].argmax(1)
     expected = torch.stack([x[i] @ weights[a].t() + biases[a] for i, a in enumerate(chosen)])
