@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -181,9 +181,12 @@ class ActivationNoise(Regularizer):
         while self._handles:
             self._handles.pop().remove()
 
-    @contextmanager
-    def forward_context(self, step: Step) -> Iterator[None]:
+    def forward_context(self, step: Step) -> AbstractContextManager[Any]:
         """Phase 2."""
+        return self._noising(step)
+
+    @contextmanager
+    def _noising(self, step: Step) -> Iterator[None]:
         outer, self._now = self._now, (step, step.rng(self))
         try:
             yield

@@ -97,7 +97,8 @@ class OwnNetwork:
             parameter.grad = (gradient / sums[0]).view_as(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return sums
+        found: Tensor = sums
+        return found
 
     def _collected(self) -> list[Tensor]:
         if self._sums is not None:

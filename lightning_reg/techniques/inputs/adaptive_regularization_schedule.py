@@ -184,7 +184,8 @@ class AdaptiveRegularizationSchedule(AttributeSchedule):
 
     def value_of(self, name: str, own: Any, scheduled: float) -> Any:
         """The value of this stage."""
-        return progressive_value(*self._ends_of[name], scheduled)
+        initial, final = self._ends_of[name]
+        return progressive_value(initial, final, scheduled)
 
     def transform_batch(self, step: Step) -> None:
         """Phase 1: the size of this stage."""
@@ -205,7 +206,8 @@ class AdaptiveRegularizationSchedule(AttributeSchedule):
     def size(self, share: float) -> int:
         """The size of images at a share ``i / (M - 1)`` of the stages."""
         assert self.sizes is not None
-        exact = progressive_value(*self.sizes, share)
+        initial, final = self.sizes
+        exact = progressive_value(initial, final, share)
         return max(1, round(exact / self.multiple)) * self.multiple
 
     def on_fit_close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

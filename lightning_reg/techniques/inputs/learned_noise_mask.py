@@ -257,7 +257,8 @@ class LearnedNoiseMask(BatchTransform):
         cells = _draw(logs.detach(), rng)
         step.kept[self.name] = (said.detach(), logs, cells)
         grid = cells.view(-1, self.grid, self.grid)
-        mask = noise_mask(grid, *inputs.shape[-2:], self.kernel, self.sigma)
+        height, width = inputs.shape[-2:]
+        mask = noise_mask(grid, height, width, self.kernel, self.sigma)
         return Transformed(inputs * mask.to(inputs), 1 - mask.mean())
 
     def penalty(self, step: Step) -> None:
@@ -268,7 +269,8 @@ class LearnedNoiseMask(BatchTransform):
         reward = -self._losses(step, len(said)).to(said)
         # In the first step: what a sample has more than others of its rank.
         baseline = reward.mean() if self._baseline is None else self._baseline.to(reward)
-        density = beta_log_density(*logs.chunk(2, dim=1), cells)
+        log_alpha, log_beta = logs.chunk(2, dim=1)
+        density = beta_log_density(log_alpha, log_beta, cells)
         assert self._own is not None
         count = torch.ones_like(reward).sum()
         sums = torch.cat([torch.stack([count, reward.sum()]), said.sum(0)])

@@ -255,8 +255,8 @@ class NoiseFiT(ActivationNoise, LogitRows):
             return total
         generator = step.rng(self)
         noisy = [self._noisy_logits(step, generator) for _ in range(2)]
-        rows = [self._rows(logits, targets) for logits in (clean, *noisy)]
-        values = noise_fit(*rows, self.alpha, self.consistency, self.temperature)
+        plain, first, second = (self._rows(logits, targets) for logits in (clean, *noisy))
+        values = noise_fit(plain, first, second, self.alpha, self.consistency, self.temperature)
         value = step.comm.mean(values)
         step.log(self, value.detach(), joint=True)
         return total + step.strength(self) * value

@@ -3,6 +3,10 @@
 import torch
 from torch import nn
 
+from lightning_reg.techniques.contrastive.pretext_task import (
+    PretextTaskMixin,
+    pretext_task_loss,
+)
 from lightning_reg.techniques.inputs.learned_noise_mask import beta_log_density
 from lightning_reg.techniques.inputs.lie_symmetry_augment import lie_symmetry
 from lightning_reg.techniques.noise.conditional_moe_routing import (
@@ -47,6 +51,31 @@ class ConditionalHost(ClassifierHost):
     def build(self, options):
         super().build(options)
         self.encoder[0] = ConditionalMoE(Mixture(8, 16), nn.Linear(8, 16), 8, gate_dropout=0.0)
+
+
+class PretextHost(PretextTaskMixin, ImageHost):
+    """The image classifier that also tells how images were turned."""
+
+    def compute(self, batch):
+        loss, signals = super().compute(batch)
+        loss = self.pretext(loss, lambda x: self.encoder(self.stem(x)), signals["inputs"])
+        return loss, signals
+
+
+def pretext_host(options, args):
+    host = PretextHost(options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        host.add_pretext_task(**{"in_features": 16, "hidden": [16, 8], **args})
+    return host
+
+
+def _turned(probe):
+    turned = torch.cat([torch.rot90(probe.inputs, k, (2, 3)) for k in range(4)])
+    module = probe.module
+    logits = module.pretext_head(module.encoder(module.stem(turned)))
+    labels = torch.arange(4).repeat_interleave(len(probe.inputs))
+    return torch.nn.functional.cross_entropy(logits, labels)
 
 
 def _rows():
@@ -152,6 +181,28 @@ CASES = {
         ],
         bad_late=[{"layers": ["encoder", "no_such_layer"]}],
         gradcheck=_noisy_rows,
+    ),
+    "PretextTaskMixin": ContractCase(
+        args={"strength": 5.0, "dropout": 0.0},
+        neutral={"strength": 0.0},
+        bad=[
+            {"strength": -1.0},
+            {"task": "colour"},
+            {"turns": "two"},
+            {"grid": 1},
+            {"grid": 2, "permutations": 25},
+            {"hidden": [16]},
+            {"dropout": 1.0},
+        ],
+        host=ImageHost,
+        mixin=pretext_host,
+        expected=_turned,
+        gradcheck=lambda: (
+            lambda z: pretext_task_loss(z, torch.tensor([0, 3, 1, 2, 2])),
+            (_rows(),),
+        ),
+        logs=("reg/pretext_task", "reg/pretext_task_accuracy"),
+        joint={},
     ),
     "PhasedCurriculum": ContractCase(
         args={"starts": [0.0, 2.0], "by": "step"},
