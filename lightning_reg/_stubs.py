@@ -11,6 +11,7 @@ from lightning_reg import catalogue
 _HEADER = "# Written by `python -m lightning_reg._stubs`; a test keeps it current.\n"
 _ENGINE = (
     "lightning_reg.engine",
+    "lightning_reg.engine.closed_loop",
     "lightning_reg.engine.exact_resume",
     "lightning_reg.engine.resume",
     "lightning_reg.engine.schedule",

@@ -46,11 +46,17 @@ class SmallConvnet(L.LightningModule):
 
 
 class StepTimes(Callback):
-    """The CPU time of each training step, from batch to batch: other processes do not count."""
+    """The CPU time of each training step, from batch to batch: other processes do not count.
 
-    def __init__(self) -> None:
+    Args:
+        steps: after which the run stops; optimizers that Lightning does not see step by
+            themselves, and ``max_steps`` never comes.
+    """
+
+    def __init__(self, steps: int | None = None) -> None:
         self.seconds: list[float] = []
         self._last: float | None = None
+        self._steps = steps
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start anew."""
@@ -62,6 +68,8 @@ class StepTimes(Callback):
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
+        if len(self.seconds) + 1 == self._steps:
+            trainer.should_stop = True
 
 
 def images(count: int, wrap: Callable[[Any], Any] | None = None) -> DataLoader[Any]:
@@ -99,7 +107,7 @@ def measure(
     for round_number in range(rounds):
         names = list(variants) if round_number % 2 == 0 else list(variants)[::-1]
         for name in names:
-            clock = StepTimes()
+            clock = StepTimes(steps)
             trainer = L.Trainer(
                 accelerator="cpu",
                 max_steps=steps,

@@ -20,7 +20,7 @@ from lightning_reg.engine.technique import Technique
 
 _SHARDED = ("FSDP", "DeepSpeed", "XLA")
 _REPLICAS = 'Trainer(strategy="ddp_reg")'
-_LOSS_PHASES = (*CRITERION_PHASES, "penalty")
+_LOSS_PHASES = (*CRITERION_PHASES, "scale_loss", "penalty")
 
 
 def acts_in_loss(technique: Regularizer) -> bool:

@@ -27,16 +27,28 @@ class JointMean:
     Attributes:
         total: the sum over this rank's samples, with gradients.
         count: the number of them, or the sum of their weights.
+        fixed: whether the count is a fact of the batch, whatever the model makes of it: a second
+            pass over the batch then needs no collective. The same on all ranks.
     """
 
     total: Tensor
     count: Tensor
+    fixed: bool = False
 
     @classmethod
-    def of(cls, values: Tensor, weights: Tensor | None = None) -> JointMean:
-        """The part of values (B,) with weights (B,) from 0, a mask for example; B may be 0."""
+    def of(
+        cls, values: Tensor, weights: Tensor | None = None, *, fixed: bool | None = None
+    ) -> JointMean:
+        """The part of values (B,) with weights (B,) from 0, a mask for example; B may be 0.
+
+        Args:
+            values: one a sample.
+            weights: of the samples; all 1 by default.
+            fixed: whether the weights come from the batch alone; by default where there are none.
+        """
+        fixed = weights is None if fixed is None else fixed
         weights = torch.ones_like(values) if weights is None else weights.to(values)
-        return cls((values * weights).sum(), weights.detach().sum())
+        return cls((values * weights).sum(), weights.detach().sum(), fixed)
 
 
 class Communicator:
@@ -91,6 +103,18 @@ class Communicator:
             _, received = self._exchange(tensor, len(tensor), max(sizes))
         return [rows[:size] for rows, size in zip(received, sizes, strict=True)]
 
+    def stack(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks (R, ...), by rank; of one shape on all ranks. No gradient.
+
+        Where the shape is known to be the same it needs no host sync, unlike :meth:`gather_rows`.
+        """
+        own = tensor.detach().contiguous()
+        if self.world_size == 1:
+            return own.unsqueeze(0)
+        received = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(received, own, group=self.group)
+        return torch.stack(received)
+
     def reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
         """The sum, mean, minimum or maximum over ranks, of a tensor of one shape on all ranks.
 
@@ -124,17 +148,39 @@ class Communicator:
         A rank's sum over the joint number of samples, times the number of ranks, has the gradient
         that DDP's mean makes the joint one; only the value has to come from all ranks.
         """
+        return self.means_and_counts(parts)[0]
+
+    def means_and_counts(self, parts: Sequence[JointMean]) -> tuple[list[Tensor], list[Tensor]]:
+        """The :meth:`means`, and how many samples, or what weights of them, each is over."""
         if self.world_size == 1 or not parts:
-            return [part.total / _positive(part.count) for part in parts]
+            counts = [part.count for part in parts]
+            return self.shares(parts, counts), counts
         numbers = [number.detach() for part in parts for number in (part.total, part.count)]
         dtype = max((n.dtype for n in numbers), key=lambda kind: torch.finfo(kind).bits)
         joint = self.reduce(torch.stack([number.to(dtype) for number in numbers]))
-        totals, counts = joint.view(-1, 2).unbind(1)
-        values = totals / _positive(counts)
-        scales = self.world_size / _positive(counts)
+        totals, sizes = joint.view(-1, 2).unbind(1)
+        values, counts = totals / _positive(sizes), list(sizes)
+        shares = self.shares(parts, counts)
+        means = [
+            carry(value.to(share.dtype), share) for value, share in zip(values, shares, strict=True)
+        ]
+        return means, counts
+
+    def shares(self, parts: Sequence[JointMean], counts: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's shares in means of known counts, without a collective.
+
+        They have the gradients of the :meth:`means`; the mean of their values over ranks is the
+        joint mean.
+
+        Args:
+            parts: of this rank.
+            counts: joint ones, of :meth:`means_and_counts`.
+        """
+        if self.world_size == 1:
+            return [p.total / _positive(count) for p, count in zip(parts, counts, strict=True)]
         return [
-            carry(value.to(part.total.dtype), part.total * scale.to(part.total.dtype))
-            for part, value, scale in zip(parts, values, scales, strict=True)
+            part.total * (self.world_size / _positive(count)).to(part.total.dtype)
+            for part, count in zip(parts, counts, strict=True)
         ]
 
     def any(self, flag: Tensor | bool) -> bool:

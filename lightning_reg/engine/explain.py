@@ -18,6 +18,7 @@ _PHASE_TITLES = {
     "transform_targets": "3 targets",
     "per_sample_loss": "3 loss",
     "sample_weights": "3 sample weights",
+    "scale_loss": "3 factor of the loss",
     "penalty": "4 penalty",
     "perturb": "5 second pass",
     "parameter_gradient": "6 closed-form gradient",

@@ -126,7 +126,8 @@ def held_out_steps(
     try:
         with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
             for index, given in enumerate(loader):
-                batch = trainer.strategy.batch_to_device(given, dataloader_idx=0)
+                converted = trainer.precision_plugin.convert_input(given)
+                batch = trainer.strategy.batch_to_device(converted, dataloader_idx=0)
                 step = observer.observe(forward, batch, index)
                 if spread or index % comm.world_size == comm.rank:
                     logits = step.logits

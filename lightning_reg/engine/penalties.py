@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,9 @@ def penalties(
     """The values of the techniques that have one now, in their order.
 
     The collective also carries what this rank has to log so far: values of earlier phases, and
-    penalties that are no means over samples.
+    penalties that are no means over samples. A second pass knows the numbers of samples from the
+    first and makes none, if they are facts of the batch (:attr:`JointMean.fixed`); the values are
+    then this rank's.
 
     Args:
         step: the micro-batch.
@@ -34,12 +36,19 @@ def penalties(
     for technique, value in asked if logging else ():
         if isinstance(value, Tensor):
             step.log(technique, value.detach())
-    parts = [value for _, value in asked if isinstance(value, JointMean)]
-    waiting = log.waiting(step.device) if log is not None and logging else []
-    means = step.comm.means([*parts, *(_one_each(value) for value in waiting)])
-    if log is not None and logging:
-        log.arrived(means[len(parts) :])
-    joint = iter(means[: len(parts)])
+    parts = {t.name: value for t, value in asked if isinstance(value, JointMean)}
+    if step.is_rerun and _known(step, parts):
+        counts = [step.joint_counts[name] for name in parts]
+        means = step.comm.shares(list(parts.values()), counts)
+    else:
+        waiting = log.waiting(step.device) if log is not None and logging else []
+        one_each = [JointMean(value, torch.ones_like(value)) for value in waiting]
+        means, counts = step.comm.means_and_counts([*parts.values(), *one_each])
+        if log is not None and logging:
+            log.arrived(means[len(parts) :])
+        if not step.is_rerun:
+            step.joint_counts = dict(zip(parts, counts, strict=False))
+    joint = iter(means)
     found: list[tuple[Regularizer, Tensor]] = []
     for technique, value in asked:
         if isinstance(value, JointMean):
@@ -51,9 +60,9 @@ def penalties(
     return found
 
 
-def _one_each(value: Tensor) -> JointMean:
-    """A number of which every rank has one."""
-    return JointMean(value, torch.ones_like(value))
+def _known(step: Step, parts: Mapping[str, JointMean]) -> bool:
+    """Whether the first pass has told how many samples each of these means is over."""
+    return all(part.fixed and name in step.joint_counts for name, part in parts.items())
 
 
 __all__ = ["penalties"]

@@ -21,7 +21,6 @@ from lightning_reg.engine.checks import (
     check_sharded_alike,
     check_strategy,
 )
-from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.criterion import Criterion
 from lightning_reg.engine.data_hooks import check_data_hooks
 from lightning_reg.engine.errors import RegularizationError, UnsupportedError
@@ -31,21 +30,20 @@ from lightning_reg.engine.outputs import loss_of, split_arguments, with_loss
 from lightning_reg.engine.patch import MethodPatch
 from lightning_reg.engine.penalties import penalties
 from lightning_reg.engine.planner import Plan
-from lightning_reg.engine.random import base_seed, rng_state, stream
+from lightning_reg.engine.random import base_seed, reseed_torch, rng_state
 from lightning_reg.engine.regularizer import (
     Regularizer,
 )
 from lightning_reg.engine.rerun import replayed_rng, second_pass, without_trace
 from lightning_reg.engine.resume import checked_load
-from lightning_reg.engine.sampler import padding_mask
-from lightning_reg.engine.sharding import gather_weights, put_weights_away, shards_weights
+from lightning_reg.engine.services import RunServices
+from lightning_reg.engine.sharding import put_weights_away, shards_weights
 from lightning_reg.engine.signals import SignalReader
 from lightning_reg.engine.step import Step
 from lightning_reg.engine.update import ParameterUpdate, SharedUpdate
-from lightning_reg.engine.value_log import ValueLog
 
 
-class TrainingStepPipeline:
+class TrainingStepPipeline(RunServices):
     """The techniques of one Trainer at work on one LightningModule.
 
     The only place that patches anything: ``training_step`` on the instance, since no Lightning
@@ -55,19 +53,13 @@ class TrainingStepPipeline:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.trainer = trainer
-        self.module = module
-        self.plan = Plan.of(trainer.callbacks)  # type: ignore[attr-defined]
+        plan = Plan.of(trainer.callbacks)  # type: ignore[attr-defined]
+        super().__init__(trainer, module, plan, base_seed())
         self.leader = next(c for c in trainer.callbacks if isinstance(c, Regularizer))  # type: ignore[attr-defined]
-        self.comm = Communicator.of(trainer)
         self.batch_idx = 0
         self.applied: set[str] = set()
         self.step: Step | None = None
         self.writing: Callable[[Regularizer], AbstractContextManager[None]] = _unwatched
-        # A strategy that splits work on weights over ranks says whether the coming backward
-        # averages gradients over ranks.
-        self.averages: Callable[[], bool] | None = None
-        self._seed = base_seed()
         self._capture = Capture()
         self._criterion = Criterion()
         self._watchers = [c for c in trainer.callbacks if isinstance(c, StepWatcher)]  # type: ignore[attr-defined]
@@ -75,11 +67,8 @@ class TrainingStepPipeline:
         self._readers = {t.name: SignalReader(t, module) for t in self._looking}  # type: ignore[arg-type]
         self._patches: list[MethodPatch] = []
         self._ready: list[Regularizer] = []
-        self._log = ValueLog()
         self._last_global_step = 0
-        self._total_steps = 0.0
         self._rerun_checked = False
-        self._holds_weights = False
         self._applied_checked = False
         self._split: list[Regularizer] = []
 
@@ -170,7 +159,7 @@ class TrainingStepPipeline:
             return step.outputs
         for technique in replayed:
             if not self._rerun_checked:
-                check_rerun(technique, total, lambda: self.rerun(step))
+                check_rerun(technique, total, partial(self._run_again, step))
                 self._rerun_checked = True
             with self.writing(technique):
                 total = technique.perturb(step.asked_by(technique), total)
@@ -228,12 +217,16 @@ class TrainingStepPipeline:
         assert step.loss is not None
         total = step.loss
         members = self._members("penalty", active)
+        scaling = self._members("scale_loss", active)
         replaced = self._criterion.concerns(step, active)
-        if not members and not replaced:
+        if not members and not scaling and not replaced:
             return total
         with torch.autocast(step.loss.device.type, enabled=False):
             if replaced:
                 total = self._criterion(step, active)
+            # A factor of 0, too: what only the loss reaches would be unused parameters to DDP.
+            for technique in scaling:
+                total = total * technique.scale_loss(step.asked_by(technique))
             for technique, value in penalties(step, members, self._log):
                 total = total + self.strength(technique) * value
         return total
@@ -256,6 +249,7 @@ class TrainingStepPipeline:
         step: Step,
         read: Callable[[], Tensor] | None = None,
         look: Callable[[], object] | None = None,
+        fresh: torch.Generator | None = None,
     ) -> Tensor:
         """Phases 2 to 4 of ``step`` once more, without a trace; see :meth:`Step.rerun`."""
         assert step.replay is not None
@@ -266,6 +260,8 @@ class TrainingStepPipeline:
             without_trace(self.module),
             replayed_rng(state, self._devices()),
         ):
+            if fresh is not None:
+                reseed_torch(fresh.initial_seed(), self._devices())
             if read is not None:
                 self._forward(step, active, *call)
                 return read()
@@ -277,6 +273,14 @@ class TrainingStepPipeline:
                 "lightning_reg", "`training_step` returned a loss first and None when run again"
             )
         return total
+
+    def _run_again(self, step: Step) -> Tensor:
+        """A second pass whose value, too, is that of all ranks."""
+        counts, step.joint_counts = step.joint_counts, {}
+        try:
+            return self.rerun(step)
+        finally:
+            step.joint_counts = counts
 
     def part(self, step: Step, rows: Tensor) -> Step:
         """See :meth:`Step.part`."""
@@ -332,53 +336,6 @@ class TrainingStepPipeline:
             check_applied(self.module, self.step, self._active(self.step), self.applied)
         self.step = None
 
-    # ------------------------------------------------------------------ services
-
-    def strength(self, technique: Regularizer) -> float:
-        """The strength of ``technique`` at this point of the run."""
-        strength = technique.strength
-        # Asked several times a step: a number is told faster than that something is no Schedule.
-        if isinstance(strength, (int, float)):
-            return strength
-        return strength.value(
-            step=int(self.trainer.global_step),
-            epoch=int(self.trainer.current_epoch),
-            progress=self.progress(),
-        )
-
-    def splits_loss(self) -> bool:
-        """Whether a rank may add its part of a term on weights to its own loss.
-
-        Not where a rank follows the gradient of its own loss to other weights.
-        """
-        return self.averages is not None and not self.plan.phases["perturb"]
-
-    def progress(self) -> float:
-        """The share of the planned optimizer steps that is done; 0 for an endless run."""
-        if not 0 < self._total_steps < float("inf"):
-            return 0.0
-        return min(1.0, int(self.trainer.global_step) / self._total_steps)
-
-    def logging(self) -> bool:
-        """Whether the Trainer writes this step's values."""
-        return bool(self.trainer._logger_connector.should_update_logs)  # type: ignore[attr-defined]
-
-    def collect_log(
-        self, technique: Regularizer, value: Tensor | float, suffix: str, joint: bool
-    ) -> None:
-        """Keep a value for the log of this optimizer step; micro-batches are averaged."""
-        self._log.collect(technique.name, value, suffix, joint=joint)
-
-    def hold_weights(self) -> None:
-        """Where FSDP2 shards weights: let the module hold whole ones until the next backward ends.
-
-        For gradients that are differentiated again: FSDP2 gathers weights for the backward of a
-        forward pass only.
-        """
-        if shards_weights(self.trainer):
-            gather_weights(self.module)
-            self._holds_weights = True
-
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizers update, in the module's order."""
         update = ParameterUpdate(self, None)
@@ -386,19 +343,6 @@ class TrainingStepPipeline:
             # In the middle of a step the module may hold gathered weights in their place.
             return update.owned()
         return [p for p in self.module.parameters() if p.requires_grad and update.owns(p)]
-
-    def generator(self, name: str, shared: bool, per: str, *count: int) -> torch.Generator:
-        """A fresh counter-based generator; no state has to be saved for an exact resume."""
-        rank = -1 if shared else self.comm.rank
-        return stream(self.module.device, self._seed, name, per, *count, rank)
-
-    def reader(self, technique: Regularizer) -> SignalReader:
-        """Where ``technique`` looks for its signals."""
-        return self._readers[technique.name]
-
-    def padding(self, batch_idx: int, size: int) -> Tensor | None:
-        """Which samples of this rank's micro-batch a DistributedSampler repeated."""
-        return padding_mask(self.trainer.train_dataloader, batch_idx, size, self.module.device)
 
     # ------------------------------------------------------------------ internals
 

@@ -85,7 +85,7 @@ _REASONS = {
     "label_smoothing": "both soften the same labels, so the smoothing would count twice",
     "criterion": "both replace the loss, and there is only one",
     "reweighting": "both weight the samples of the loss, and weights of one would undo the other's",
-    "weight_perturbation": "both run the step a second time at perturbed weights",
+    "weight_perturbation": "both run the step again, and one's pass lacks what the other adds",
     "weight_averaging": "both swap averaged weights in and out",
 }
 

@@ -75,3 +75,11 @@ def restore_rng_state(state: dict[str, Any]) -> None:
         kind, table, position, has_gauss, cached = state["numpy"]
         words = table.cpu().numpy().astype("uint32")
         numpy.random.set_state((kind, words, position, has_gauss, cached))
+
+
+def reseed_torch(seed: int, devices: Iterable[torch.device] = ()) -> None:
+    """Start torch's global generators of the CPU and of accelerators anew; no others."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.engine.errors import ArgumentError
-from lightning_reg.engine.schedule import ClosedLoop, Schedule
+from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.technique import Technique
 
@@ -29,6 +30,7 @@ PHASES = (
     "transform_targets",
     "per_sample_loss",
     "sample_weights",
+    "scale_loss",
     "penalty",
     "perturb",
     "parameter_gradient",
@@ -119,6 +121,10 @@ class Regularizer(Technique, Callback):
     def sample_weights(self, step: Step, losses: Tensor) -> Tensor:
         """Phase 3: weights (B,) of mean one over all ranks, from detached losses (B,)."""
         raise NotImplementedError(f"{type(self).__name__} declares no weights")
+
+    def scale_loss(self, step: Step) -> Tensor | float:
+        """Phase 3: a factor of the loss, the same on all ranks; penalties are added after it."""
+        return 1.0
 
     def penalty(self, step: Step) -> Tensor | JointMean | None:
         """Phase 4: a scalar that is added to the loss times the strength.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine.capture import FORWARD
-from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.errors import MissingSignalError, RegularizationError
 from lightning_reg.engine.memory import take_index
+from lightning_reg.engine.run_context import RunContext
 from lightning_reg.engine.seen import Features, kind_of
 from lightning_reg.engine.signals import (
     SignalReader,
@@ -25,84 +25,8 @@ from lightning_reg.engine.signals import (
 from lightning_reg.engine.split_work import Cost, Share
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
     from lightning_reg.engine.pipeline import TrainingStepPipeline
     from lightning_reg.engine.regularizer import Regularizer
-
-
-class RunContext:
-    """What a technique can ask of the run at any phase."""
-
-    def __init__(self, pipeline: TrainingStepPipeline) -> None:
-        self._pipeline = pipeline
-
-    @property
-    def trainer(self) -> pl.Trainer:
-        """The Trainer of this run."""
-        return self._pipeline.trainer
-
-    @property
-    def module(self) -> pl.LightningModule:
-        """The user's module."""
-        return self._pipeline.module
-
-    @property
-    def comm(self) -> Communicator:
-        """Collectives over all ranks."""
-        return self._pipeline.comm
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the module."""
-        return self._pipeline.module.device
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch, from 0."""
-        return int(self._pipeline.trainer.current_epoch)
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps done so far."""
-        return int(self._pipeline.trainer.global_step)
-
-    @property
-    def progress(self) -> float:
-        """The share of the planned run that is done, in [0, 1]; 0 for an endless run."""
-        return self._pipeline.progress()
-
-    @property
-    def logging(self) -> bool:
-        """Whether this step's values are written (the Trainer's ``log_every_n_steps``)."""
-        return self._pipeline.logging()
-
-    def strength(self, technique: Regularizer) -> float:
-        """The technique's strength now."""
-        return self._pipeline.strength(technique)
-
-    def share(self, weights: Mapping[str, torch.nn.Parameter], cost: Cost) -> Share:
-        """This rank's part of work on weights: all of it, unless the strategy splits it."""
-        return Share(weights)
-
-    def log(
-        self,
-        technique: Regularizer,
-        value: Tensor | float | None,
-        suffix: str = "",
-        *,
-        joint: bool = False,
-    ) -> None:
-        """Log ``value`` under ``reg/<name>`` (``reg/<name>_<suffix>``); free on other steps.
-
-        Args:
-            technique: whose value it is.
-            value: this rank's; the mean over ranks is what is logged.
-            suffix: of the key.
-            joint: the value is the same on all ranks and needs no collective.
-        """
-        if value is not None and self.logging:
-            self._pipeline.collect_log(technique, value, suffix, joint)
 
 
 class Step(RunContext):
@@ -122,13 +46,16 @@ class Step(RunContext):
         self.outputs: Any = None
         self.loss: Tensor | None = None
         self.is_rerun = False
+        self.evaluating = False  # a technique asks networks in eval mode: noise stays away
         self.target_distribution: Tensor | None = None
         self.mixes: list[tuple[Tensor, Tensor]] = []
         self.mixers: list[Regularizer] = []
+        self.is_mixed = False  # whether samples are mixed, whatever their labels are
         self.records: Mapping[str, list[Any]] = {}
         self.given: Mapping[str, Any] = {}
         self.replaces: set[str] = set()
         self.kept: dict[str, Any] = {}  # by technique, until the last pass
+        self.joint_counts: dict[str, Tensor] = {}  # of the first pass's means, by technique
         self.replay: tuple[Any, Any, tuple[Any, ...], dict[str, Any]] | None = None
         self._asking: Regularizer | None = None
         # Which samples of the micro-batch these are, of how many: see `part`.
@@ -232,6 +159,7 @@ class Step(RunContext):
         is computed from the mixed distribution. Float targets are mixed in the batch.
         """
         targets = self.targets
+        self.is_mixed = True
         if isinstance(targets, Tensor) and targets.is_floating_point():
             weight = lam.to(targets).view(-1, *[1] * (targets.ndim - 1))
             self.targets = weight * targets + (1 - weight) * targets[permutation]
@@ -260,6 +188,7 @@ class Step(RunContext):
         self,
         read: Callable[[], Tensor] | None = None,
         look: Callable[[], object] | None = None,
+        fresh: torch.Generator | None = None,
     ) -> Tensor:
         """Phases 2 to 4 once more with weights and batch as they are now; returns the new loss.
 
@@ -268,8 +197,9 @@ class Step(RunContext):
         Args:
             read: phase 2 alone: what this makes of the new outputs is returned.
             look: called at the end, while signals are those of this run.
+            fresh: other random numbers for torch's global generators (dropout), of this stream.
         """
-        return self._pipeline.rerun(self, read, look)
+        return self._pipeline.rerun(self, read, look, fresh)
 
     def part(self, rows: Tensor) -> Step:
         """The samples ``rows`` of this micro-batch as a step of their own, to be re-run.
@@ -413,3 +343,6 @@ def full_precision(value: Tensor) -> Tensor:
     """``value`` in float32 where it is a half-precision float; gradients pass."""
     half = value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
+
+
+__all__ = ["RunContext", "Step", "full_precision"]

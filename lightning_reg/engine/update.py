@@ -76,6 +76,24 @@ class ParameterUpdate(RunContext):
             if weight.grad is None:
                 weight.grad = with_parts(own * scale, weight)
 
+    def plain_gradients(self, weights: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """The gradients of weights, if it is as well to add to them piece by piece.
+
+        That saves memory traffic on a CPU; elsewhere a call for each piece would cost more.
+        ``None`` unless all weights lie whole in memory in single precision or more, with their
+        gradients, and no AMP scale is in these.
+        """
+        found = [w.grad for w in weights if w.grad is not None]
+        plain = all(
+            type(t.data) is Tensor
+            and t.device.type == "cpu"
+            and t.is_contiguous()
+            and t.dtype in (torch.float32, torch.float64)
+            for t in (*weights, *found)
+        )
+        whole = len(found) == len(weights) and self.gradient_scale() is None
+        return found if plain and whole else None
+
     def _parameters(self) -> list[nn.Parameter]:
         optimizers = [self.optimizer] if self.optimizer else list(self.trainer.optimizers)
         groups = [group for opt in optimizers for group in opt.param_groups]
@@ -125,6 +143,9 @@ class SharedUpdate(ParameterUpdate):
         for weight, gradient in zip(weights, scaled, strict=True):
             before = self._gradients[weight]
             self._gradients[weight] = gradient if before is None else before + gradient
+
+    def plain_gradients(self, weights: Sequence[nn.Parameter]) -> None:
+        """There are no gradients yet."""
 
     def carried_by(self, total: Tensor) -> Tensor:
         """The loss of the last micro-batch, with a backward that brings the gradients.

@@ -1,8 +1,9 @@
 """Training on inputs that were moved, within a ball, to where the loss is larger.
 
 A technique says what becomes of the losses (:meth:`AdversarialInputs.combine`) or adds a penalty
-of its own in phase 4 of the pass at the adversarial inputs (``attacking`` is then false). The
-mechanism takes care of
+of its own in phase 4 of the pass at the adversarial inputs (``attacking`` is then false). One that
+raises or trains something else than the loss says so (:meth:`AdversarialInputs.objective`,
+:meth:`AdversarialInputs.evaluate`). The mechanism takes care of
 
 - the attack (:class:`Attack`): a start inside the ball, steps along the gradient by the inputs,
   the way back into the ball and into the range of valid inputs;
@@ -203,6 +204,14 @@ class AdversarialInputs(Regularizer):
         """The loss that is trained, of those at the clean (if kept) and adversarial inputs."""
         return adversarial
 
+    def objective(self, step: Step) -> Tensor:
+        """What the attack raises after its first step, at the inputs as they are now."""
+        return step.rerun()
+
+    def evaluate(self, step: Step) -> Tensor:
+        """What is trained of the adversarial inputs, which are in place."""
+        return step.rerun()
+
     def attacking(self, step: Step) -> bool:
         """Whether the pass under way only serves the attack: its penalties are not trained."""
         kept: Attacked = step.kept[self.name]
@@ -242,7 +251,7 @@ class AdversarialInputs(Regularizer):
             points = self.attack.step(kept.clean, points, gradient)
         step.asked_by(self).inputs = points
         kept.attacking = False
-        adversarial = step.rerun()
+        adversarial = self.evaluate(step)
         step.asked_by(self)
         self.report(step, first, adversarial.detach())
         return self.combine(step, clean if self.keeps_clean(step) else None, adversarial)
@@ -259,7 +268,7 @@ class AdversarialInputs(Regularizer):
     def _objective(self, step: Step, classes: Tensor | None) -> Tensor:
         """What the attack raises, at the inputs as they are now."""
         if classes is None:
-            return step.rerun()
+            return self.objective(step)
         return step.rerun(lambda: F.cross_entropy(step.asked_by(self).logits, classes))
 
     def _gradient(self, step: Step, total: Tensor, points: Tensor) -> Tensor:

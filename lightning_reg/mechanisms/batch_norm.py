@@ -9,14 +9,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_reg.engine.communicator import Communicator
-from lightning_reg.engine.errors import UnsupportedError
 from lightning_reg.engine.memory import take_index
 from lightning_reg.engine.random import rng_state
 from lightning_reg.engine.regularizer import Regularizer
 from lightning_reg.engine.rerun import replayed_rng, without_trace
+from lightning_reg.mechanisms.training_share import TrainingShare
 
 
 def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
@@ -117,28 +116,17 @@ def _users_step(owner: Regularizer, module: pl.LightningModule) -> Any:
 
 def _batches(owner: Regularizer, trainer: pl.Trainer, comm: Communicator) -> Iterator[Any]:
     """This rank's share of the training set, in order; the run's own loader is not touched."""
-    loader = trainer.train_dataloader
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise UnsupportedError(
-            owner,
-            "takes BatchNorm's statistics anew, for which it needs one DataLoader with a map-style "
-            f"dataset; this run has {type(loader).__name__}",
-            cure=f'{type(owner).__name__}(statistics="average")',
-        )
-    size = getattr(loader, "batch_size", None) or 32
-    share = range(comm.rank, len(dataset), comm.world_size)
-    # Layers that talk to other ranks need as many batches on each.
-    fewest = -(-(len(dataset) // comm.world_size) // size)
-    joint = any(isinstance(m, nn.SyncBatchNorm) for m in trainer.lightning_module.modules())
-    again: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=size,
-        sampler=list(share),
-        collate_fn=loader.collate_fn,  # type: ignore[union-attr]
+    share = TrainingShare(
+        owner,
+        trainer,
+        comm,
+        why="takes BatchNorm's statistics anew",
+        cure=f'{type(owner).__name__}(statistics="average")',
     )
-    for index, batch in enumerate(again):
-        if joint and index >= fewest:
+    # Layers that talk to other ranks need as many batches on each.
+    joint = any(isinstance(m, nn.SyncBatchNorm) for m in trainer.lightning_module.modules())
+    for index, batch in enumerate(share):
+        if joint and index >= share.fewest:
             return
         yield batch
 

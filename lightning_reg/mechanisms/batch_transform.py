@@ -175,6 +175,28 @@ def draw_beta(alpha: float, size: int, generator: torch.Generator) -> Tensor:
     return torch._sample_dirichlet(concentration, generator=generator)[:, 0]
 
 
+def draw_mix(
+    alpha: float, chosen: Tensor, per: Per, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A partner (B,) for each sample, and the share (B,) of itself that it keeps.
+
+    Args:
+        alpha: shares are from Beta(alpha, alpha).
+        chosen: (B,) bool; the others keep all of themselves.
+        per: one share a batch, or one a sample.
+        generator: on the CPU.
+    """
+    drawn = draw_beta(alpha, len(chosen) if per == "sample" else 1, generator)
+    lam = torch.where(chosen, drawn, 1.0).float()
+    return draw_permutation(len(chosen), generator), lam
+
+
+def mix_rows(rows: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
+    """``lam_i x_i + (1 - lam_i) x_j`` with ``j = permutation[i]``, of rows (B, ...)."""
+    weight = lam.to(rows).view(-1, *[1] * (rows.ndim - 1))
+    return torch.lerp(rows[permutation], rows, weight)
+
+
 def draw_permutation(size: int, generator: torch.Generator) -> Tensor:
     """A partner (size,) for each sample; a sample may be its own."""
     return torch.randperm(size, generator=generator, device=generator.device)
@@ -231,5 +253,7 @@ __all__ = [
     "clipped_boxes",
     "draw_beta",
     "draw_centres",
+    "draw_mix",
     "draw_permutation",
+    "mix_rows",
 ]

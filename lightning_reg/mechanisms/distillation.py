@@ -3,35 +3,32 @@
 A technique supplies :meth:`Distillation.divergence`: one number per row of the student's and the
 teacher's logits. The mechanism takes care of
 
-- the teacher: any network (``teacher``), frozen, in eval mode, on the module's device and in its
-  type, no part of the module, its optimizer, its checkpoint or DDP; or a copy of the module
-  (``source``; see :mod:`~lightning_reg.mechanisms.teacher`);
+- the teacher: any network (``teacher``; see :mod:`~lightning_reg.mechanisms.given_teacher`), or a
+  copy of the module (``source``; see :mod:`~lightning_reg.mechanisms.teacher`);
 - logits (B, C), (B, T, C) or (B, C, H, W), in float32 at least, with ignored positions left out;
 - labels as classes (N,) for techniques that look at them (``labelled``); smoothed and mixed labels
   count as their most likely class;
-- the mean over all ranks, each row counting once;
-- a resume: a given network is not saved, and the run refuses to go on with another one.
+- the mean over all ranks, each row counting once.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_reg.engine import ArgumentError, RegularizationError, Schedule, Signals, Step
+from lightning_reg.engine import RegularizationError, Schedule, Signals, Step
 from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.criterion import as_distribution, flatten
-from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.technique import Semantics
+from lightning_reg.mechanisms.given_teacher import GivenTeacher
 from lightning_reg.mechanisms.output_penalty import LogitRows
-from lightning_reg.mechanisms.teacher import FrozenNetwork, Source, Teacher
+from lightning_reg.mechanisms.teacher import Source
 
 
-class Distillation(Teacher, LogitRows):
+class Distillation(GivenTeacher, LogitRows):
     """Base of techniques that add ``strength * mean_n d(student_n, teacher_n)``.
 
     Args:
@@ -65,6 +62,7 @@ class Distillation(Teacher, LogitRows):
     ) -> None:
         super().__init__(
             strength,
+            teacher=teacher,
             source=source,
             decay=decay,
             ignore_index=ignore_index,
@@ -72,23 +70,6 @@ class Distillation(Teacher, LogitRows):
             signals=signals,
             name=name,
         )
-        owner = type(self).__name__
-        if (teacher is None) == (source is None):
-            raise ArgumentError(
-                self,
-                "needs a `teacher` or a `source`, one of the two",
-                cure=f'{owner}(teacher=network), or {owner}(source="ema")',
-            )
-        if teacher is not None and not isinstance(teacher, nn.Module):
-            raise ArgumentError(
-                self,
-                f"`teacher` must be a torch module, got {type(teacher).__name__}",
-                cure=f"{owner}(teacher=network)",
-            )
-        if not isinstance(strength, Schedule):
-            check_range(self, "strength", strength, 0, cure=f'{owner}(1.0, source="ema")')
-        self.given = None if teacher is None else FrozenNetwork(teacher)
-        self._loaded_mark: Tensor | None = None
 
     @abstractmethod
     def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -121,36 +102,6 @@ class Distillation(Teacher, LogitRows):
         labels = self._labels(step, student) if self.labelled else None
         return self.joint_mean(step, self.divergence(student, teacher, labels))
 
-    # ------------------------------------------------------------------ the given teacher
-
-    def on_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the given network, or make the copy."""
-        super().on_reference(trainer, pl_module)
-        if self.given is None:
-            return
-        if self._loaded_mark is not None and not torch.equal(self._loaded_mark, _mark(self.given)):
-            raise RegularizationError(
-                self,
-                "the teacher is not the one of the checkpoint: their weights differ",
-                cure="teacher.load_state_dict(...) before the Trainer is made",
-            )
-        self._loaded_mark = None
-        self.teacher = self.given
-
-    def state_dict(self) -> dict[str, Any]:
-        """The weights of a copy; of a given network only what tells it from another."""
-        if self.given is None:
-            return super().state_dict()
-        kept, self.teacher = self.teacher, None
-        state = super().state_dict()
-        self.teacher = kept
-        return {**state, "mark": _mark(self.given)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what is needed until training starts."""
-        super().load_state_dict(state_dict)
-        self._loaded_mark = state_dict.get("mark")
-
     # ------------------------------------------------------------------ internals
 
     def _labels(self, step: Step, student: Tensor) -> Tensor:
@@ -166,13 +117,6 @@ class Distillation(Teacher, LogitRows):
                 cure='signals=Signals(logits="module.<name>", targets="batch.<key>")',
             )
         return distribution.argmax(1)
-
-
-def _mark(network: FrozenNetwork) -> Tensor:
-    """Sums by which two networks are told apart, whatever device and type they are on."""
-    weights = [p.detach().double() for p in network.network.parameters()]
-    sums = [torch.stack([w.sum(), w.square().sum()]).cpu() for w in weights]
-    return torch.stack(sums) if sums else torch.zeros(0, 2, dtype=torch.float64)
 
 
 __all__ = ["Distillation"]

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Step
+from lightning_reg.engine import RegularizationError, Regularizer, Schedule, Signals, Step
 from lightning_reg.engine.errors import ArgumentError, owner_name
 from lightning_reg.engine.technique import Semantics
 
@@ -26,8 +26,8 @@ Pooling = Literal["mean", "flatten", "positions", "first"]
 _POOLING = ("mean", "flatten", "positions", "first")
 
 
-class FeaturePenalty(Regularizer):
-    """Base of penalties on the features of all samples of all ranks.
+class FeatureRows(Regularizer):
+    """Base of techniques that read the output of one layer as rows (N, d).
 
     Args:
         strength: the multiplier.
@@ -39,6 +39,7 @@ class FeaturePenalty(Regularizer):
             a row; ``"first"``: the first position (a class token).
         feature_dim: where the features lie in outputs of more than two dimensions; by default
             last in three dimensions (B, T, d) and second in more (B, d, H, W).
+        signals: where other tensors are that the technique reads.
         name: the name in logs and checkpoints.
     """
 
@@ -53,9 +54,10 @@ class FeaturePenalty(Regularizer):
         layer: str | None = None,
         pooling: Pooling = "mean",
         feature_dim: int | None = None,
+        signals: Signals | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(strength, name=name)
+        super().__init__(strength, signals=signals, name=name)
         owner = type(self).__name__
         if layer is not None and (not isinstance(layer, str) or not layer):
             problem = f"`layer` must be the name of a submodule, got {layer!r}"
@@ -76,10 +78,6 @@ class FeaturePenalty(Regularizer):
         """The submodules to capture."""
         return () if self.layer is None else (self.layer,)
 
-    @abstractmethod
-    def value(self, features: Tensor) -> Tensor:
-        """The penalty, a scalar, of the rows (N, d) of all ranks."""
-
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there, and no layer where none is handed over."""
         if self.layer is None:
@@ -88,34 +86,61 @@ class FeaturePenalty(Regularizer):
         elif not self.layer.startswith("outputs."):
             check_layer(self, self.layer, pl_module)
 
-    def penalty(self, step: Step) -> Tensor:
-        """Phase 4."""
-        features = step.feature(self.layer or "features")
-        return self.value(step.comm.gather(self._rows(features)))
+    def feature_rows(self, step: Step) -> Tensor:
+        """The rows (N, d) of this rank, with a graph."""
+        return self._rows(step.feature(self.layer or "features"))
 
     def _rows(self, features: Tensor) -> Tensor:
         if features.ndim == 2:
             return features
-        if features.ndim < 2:
-            raise RegularizationError(
-                self,
-                f"needs features (B, d) or with more dimensions, got {tuple(features.shape)}",
-                cure=f'{type(self).__name__}(layer="<a layer that returns a vector per sample>")',
-            )
-        if self.pooling == "flatten":
+        if self.pooling == "flatten" and features.ndim > 2:
             return features.flatten(1)
-        default = -1 if features.ndim == 3 else 1
-        dim = default if self.feature_dim is None else self.feature_dim
-        if not -features.ndim <= dim < features.ndim:
-            raise ArgumentError(
-                self,
-                f"`feature_dim` is {dim}, but the features are {tuple(features.shape)}",
-                cure=f'{type(self).__name__}(layer="{self.layer}", feature_dim=1)',
-            )
-        positions = features.movedim(dim, -1).flatten(1, -2)
+        tokens = positions(self, features, self.feature_dim)
         if self.pooling == "mean":
-            return positions.mean(1)
-        return positions[:, 0] if self.pooling == "first" else positions.flatten(0, 1)
+            return tokens.mean(1)
+        return tokens[:, 0] if self.pooling == "first" else tokens.flatten(0, 1)
+
+
+def positions(owner: object, features: Tensor, feature_dim: int | None = None) -> Tensor:
+    """Features as (B, P, d): one vector for each position of each sample.
+
+    Args:
+        owner: the technique.
+        features: (B, d), which has one position, (B, T, d) or (B, d, H, W).
+        feature_dim: where the features lie; by default last in three dimensions and second in
+            more.
+    """
+    if features.ndim == 2:
+        return features.unsqueeze(1)
+    name = owner_name(owner)
+    if features.ndim < 2:
+        raise RegularizationError(
+            owner,
+            f"needs features (B, d) or with more dimensions, got {tuple(features.shape)}",
+            cure=f'{name}(layer="<a layer that returns a vector per sample>")',
+        )
+    default = -1 if features.ndim == 3 else 1
+    dim = default if feature_dim is None else feature_dim
+    if not -features.ndim <= dim < features.ndim:
+        layer = getattr(owner, "layer", "encoder")
+        raise ArgumentError(
+            owner,
+            f"`feature_dim` is {dim}, but the features are {tuple(features.shape)}",
+            cure=f'{name}(layer="{layer}", feature_dim=1)',
+        )
+    return features.movedim(dim, -1).flatten(1, -2)
+
+
+class FeaturePenalty(FeatureRows):
+    """Base of penalties on the features of all samples of all ranks; see :class:`FeatureRows`."""
+
+    @abstractmethod
+    def value(self, features: Tensor) -> Tensor:
+        """The penalty, a scalar, of the rows (N, d) of all ranks."""
+
+    def penalty(self, step: Step) -> Tensor:
+        """Phase 4."""
+        return self.value(step.comm.gather(self.feature_rows(step)))
 
 
 def check_layer(owner: object, layer: str | None, module: nn.Module, also: str = "") -> None:
@@ -144,4 +169,4 @@ def _few(names: list[str], limit: int = 12) -> str:
     return shown + (", ..." if len(names) > limit else "")
 
 
-__all__ = ["FeaturePenalty", "Pooling", "check_layer"]
+__all__ = ["FeaturePenalty", "FeatureRows", "Pooling", "check_layer", "positions"]

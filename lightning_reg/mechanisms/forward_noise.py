@@ -195,7 +195,7 @@ class ActivationNoise(Regularizer):
 
     def change(self, layer: str, output: Any) -> Any:
         """What ``layer`` returns in place of ``output``: another tensor while a step runs."""
-        if self._now is None:
+        if self._now is None or self._now[0].evaluating:
             return output
         if self.takes_tuples and isinstance(output, tuple) and output:
             return (self.change(layer, output[0]), *output[1:])

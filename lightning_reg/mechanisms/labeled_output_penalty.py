@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_reg.engine import RegularizationError, Schedule, Signals, Step
 from lightning_reg.engine.communicator import JointMean
-from lightning_reg.engine.criterion import as_distribution
+from lightning_reg.engine.criterion import as_distribution, mixed
 from lightning_reg.engine.errors import check_range
 from lightning_reg.mechanisms.output_penalty import LogitRows
 
@@ -95,7 +95,7 @@ class LabeledOutputPenalty(LogitRows):
             rows, distribution = self._soft_rows(logits, targets)
         else:
             rows, distribution = self._hard_rows(logits, targets)
-        return self.value(step, rows, self._mixed(step, distribution))
+        return self.value(step, rows, mixed_labels(self, step, distribution))
 
     def _soft_rows(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         class_dim = self.class_dim if self.class_dim is not None else 1
@@ -111,20 +111,6 @@ class LabeledOutputPenalty(LogitRows):
             labels = labels[labels != self.ignore_index]
         return rows, as_distribution(labels, rows)
 
-    def _mixed(self, step: Step, distribution: Tensor) -> Tensor:
-        """Labels of samples that a technique has mixed."""
-        for permutation, lam in step.mixes:
-            if len(lam) != len(distribution):
-                raise RegularizationError(
-                    self,
-                    f"was given {len(distribution)} labels for {len(lam)} mixed samples: a label "
-                    "per sample is needed, none ignored",
-                    cure=f"remove {type(step.mixers[0]).__name__}",
-                )
-            weight = lam.to(distribution).unsqueeze(-1)
-            distribution = weight * distribution + (1 - weight) * distribution[permutation]
-        return distribution
-
     def _unfit(self, logits: Tensor, targets: Any) -> RegularizationError:
         return RegularizationError(
             self,
@@ -132,6 +118,19 @@ class LabeledOutputPenalty(LogitRows):
             "classification",
             cure='signals=Signals(logits="module.<name>", targets="batch.<key>")',
         )
+
+
+def mixed_labels(owner: object, step: Step, distribution: Tensor) -> Tensor:
+    """Labels (B, C) of samples that a technique has mixed; one label per sample is needed."""
+    for _, lam in step.mixes:
+        if len(lam) != len(distribution):
+            raise RegularizationError(
+                owner,
+                f"was given {len(distribution)} labels for {len(lam)} mixed samples: a label "
+                "per sample is needed, none ignored",
+                cure=f"remove {type(step.mixers[0]).__name__}",
+            )
+    return mixed(step, distribution)
 
 
 def joint_mean(step: Step, values: Tensor) -> Tensor:
@@ -142,4 +141,9 @@ def joint_mean(step: Step, values: Tensor) -> Tensor:
     return mean
 
 
-__all__ = ["LabeledOutputPenalty", "confidence_and_correctness", "joint_mean"]
+__all__ = [
+    "LabeledOutputPenalty",
+    "confidence_and_correctness",
+    "joint_mean",
+    "mixed_labels",
+]

@@ -22,23 +22,19 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_reg.engine import (
     ArgumentError,
-    Communicator,
     RegularizationError,
     Schedule,
     Signals,
     Step,
     UnsupportedError,
 )
-from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
-from lightning_reg.mechanisms.anchor import all_finite
 from lightning_reg.mechanisms.feature_penalty import check_layer
 from lightning_reg.mechanisms.output_penalty import LogitRows
 from lightning_reg.mechanisms.teacher import Teacher
@@ -117,16 +113,8 @@ class OutputAnchor(Teacher, LogitRows):
         Args:
             module: is copied.
         """
-        trainer = module.__dict__.get("_trainer")
-        taken = self._copy(module)
-        # Buffers may differ between ranks; those of the first count, as in DDP.
-        taken.follow(module, 1.0, Communicator() if trainer is None else Communicator.of(trainer))
-        numbers = [t for t in taken.network.state_dict().values() if isinstance(t, Tensor)]
-        if not all_finite([t for t in numbers if t.is_floating_point()]):
-            rank_zero_warn(
-                f"{type(self).__name__}: weights are not finite, so no reference is taken from "
-                "them; the one before stays."
-            )
+        taken = self.copy_now(module)
+        if taken is None:
             return
         self.teacher = taken
         self.references_taken += 1
@@ -179,15 +167,7 @@ class OutputAnchor(Teacher, LogitRows):
         """The output of the layer, and that of the same layer of the reference."""
         assert self.teacher is not None
         now = step.feature(layer)
-        # Watched for one call only: a copy of the technique would lose the hooks.
-        capture = Capture()
-        capture.attach(self.teacher.network, (layer,))
-        try:
-            with capture.recording() as records:
-                self.teacher(step.inputs, step.module)
-        finally:
-            capture.detach()
-        calls = records.get(layer, [])
+        calls = self.teacher.outputs_of(layer, step.inputs, step.module)
         if len(calls) != 1 or not isinstance(calls[0], Tensor):
             raise UnsupportedError(
                 self,

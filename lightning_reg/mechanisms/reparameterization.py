@@ -69,10 +69,14 @@ class Reparameterization(SelectedWeights):
             weight: its values when training starts.
         """
 
+    def reparametrized(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that become a function: all chosen ones, unless a technique leaves some."""
+        return self.selection.select(module, self)
+
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse an empty choice, and weights that cannot become a function of others."""
         super().validate(trainer, pl_module)
-        for name in self.selection.select(pl_module, self):
+        for name in self.reparametrized(pl_module):
             if "." not in name:
                 raise UnsupportedError(
                     self,
@@ -90,7 +94,7 @@ class Reparameterization(SelectedWeights):
 
     def on_model_ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the functions in place."""
-        weights = self.selection.select(pl_module, self)
+        weights = self.reparametrized(pl_module)
         # All functions before the first change, so that one that refuses leaves nothing behind.
         functions = [self.parametrization(n, w.detach()).to(w.device) for n, w in weights.items()]
         for weight, function in zip(weights.values(), functions, strict=True):
@@ -106,7 +110,8 @@ class Reparameterization(SelectedWeights):
         with torch.no_grad():
             # All of them before the first is written: tied layers share what is overwritten.
             weights = [bound.weight().clone() for bound in self._bound]
-        for bound, weight in zip(self._bound, weights, strict=True):
+        # The last first: of a layer that has several, each knows the order that it found.
+        for bound, weight in reversed(list(zip(self._bound, weights, strict=True))):
             bound.remove(weight)
         self._bound = []
 

@@ -176,17 +176,30 @@ class GroupReweighting(SampleReweighting):
             )
 
 
+def sample_of_rows(targets: Tensor, classes: int, rows: int, device: torch.device) -> Tensor:
+    """The position (rows,) in the batch of the sample to which each row of the loss belongs.
+
+    Args:
+        targets: (B, ...) class indices, of which those that are no class have no row, or floats.
+        classes: the number of classes.
+        rows: how many rows the loss has.
+        device: of the result.
+    """
+    positions = torch.arange(len(targets), device=device)
+    if targets.is_floating_point():
+        return positions.repeat_interleave(rows // max(1, len(targets)))
+    # As the criterion: a label that is no class is one that the user's loss ignores.
+    kept = ((targets >= 0) & (targets < classes)).reshape(len(targets), -1)
+    return positions.repeat_interleave(kept.sum(1), output_size=rows)
+
+
 def _sample_of(targets: Tensor, classes: int, rows: int, device: torch.device) -> Tensor | None:
     """The sample (among those with any row) of each row of the loss; ``None`` if it is the row."""
     if rows == len(targets):
         return None
-    if targets.is_floating_point():
-        return torch.arange(len(targets), device=device).repeat_interleave(rows // len(targets))
-    # As the criterion: a label that is no class is one that the user's loss ignores.
-    kept = ((targets >= 0) & (targets < classes)).reshape(len(targets), -1)
-    counts = kept.sum(1)
-    present = counts > 0
-    return torch.arange(int(present.sum()), device=device).repeat_interleave(counts[present])
+    positions = sample_of_rows(targets, classes, rows, device)
+    sample: Tensor = torch.unique_consecutive(positions, return_inverse=True)[1]
+    return sample
 
 
 def _means(losses: Tensor, sample: Tensor | None) -> Tensor:
@@ -197,4 +210,4 @@ def _means(losses: Tensor, sample: Tensor | None) -> Tensor:
     return losses.new_zeros(len(counts)).index_add_(0, sample, losses) / counts
 
 
-__all__ = ["GroupReweighting", "SampleReweighting"]
+__all__ = ["GroupReweighting", "SampleReweighting", "sample_of_rows"]

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_reg.engine import (
@@ -32,11 +33,13 @@ from lightning_reg.engine import (
     Step,
     UnsupportedError,
 )
+from lightning_reg.engine.capture import Capture
 from lightning_reg.engine.checks import check_sharded
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.random import base_seed, stream_seed
 from lightning_reg.engine.signals import logits_of
 from lightning_reg.engine.step import full_precision
+from lightning_reg.mechanisms.anchor import all_finite
 
 Source = Literal["ema", "past", "reference", "random"]
 _SOURCES = ("ema", "past", "reference", "random")
@@ -63,6 +66,18 @@ class FrozenNetwork:
         if (mine.device, mine.dtype) != (wanted.device, wanted.dtype):
             self.network.to(wanted.device, wanted.dtype)
         return self.network(inputs)
+
+    def outputs_of(self, layer: str, inputs: Any, student: nn.Module) -> list[Any]:
+        """What the submodule ``layer`` returns for ``inputs``, in one call after the other."""
+        # Watched for one call only: a copy of the technique would lose the hooks.
+        capture = Capture()
+        capture.attach(self.network, (layer,))
+        try:
+            with capture.recording() as records:
+                self(inputs, student)
+        finally:
+            capture.detach()
+        return records.get(layer, [])
 
     def follow(self, module: nn.Module, share: float, comm: Communicator) -> None:
         """Move weights by ``share`` of the way to those of ``module``, and take its buffers.
@@ -207,6 +222,24 @@ class Teacher(Regularizer):
         self._loaded_teacher = dict(state_dict["teacher"]) or None
         self._taken_at = int(state_dict["taken_at"])
 
+    def copy_now(self, module: pl.LightningModule) -> FrozenNetwork | None:
+        """A frozen copy of the module as it is; ``None`` if its weights are not finite.
+
+        Inside a distributed run every rank has to call it.
+        """
+        taken = self._copy(module)
+        trainer = module.__dict__.get("_trainer")
+        # Buffers may differ between ranks; those of the first count, as in DDP.
+        taken.follow(module, 1.0, Communicator() if trainer is None else Communicator.of(trainer))
+        numbers = [t for t in taken.network.state_dict().values() if isinstance(t, Tensor)]
+        if all_finite([t for t in numbers if t.is_floating_point()]):
+            return taken
+        rank_zero_warn(
+            f"{type(self).__name__}: weights are not finite, so no reference is taken from them; "
+            "the one before stays."
+        )
+        return None
+
     def _answer(self, teacher: FrozenNetwork, inputs: Any, student: nn.Module) -> Tensor:
         found = logits_of(teacher(inputs, student))
         if found is None:
@@ -231,7 +264,7 @@ class Teacher(Regularizer):
         assert self.teacher is not None
         self.teacher.follow(pl_module, 1.0, comm)
         if self.source == "random":
-            _initialize_again(self.teacher.network, stream_seed(base_seed(), self.name, "teacher"))
+            initialize_again(self.teacher.network, stream_seed(base_seed(), self.name, "teacher"))
 
 
 def _first_weight(network: nn.Module) -> Tensor | None:
@@ -257,7 +290,7 @@ def _of_first_rank(buffers: list[Tensor], comm: Communicator) -> list[Tensor]:
     return taken
 
 
-def _initialize_again(network: nn.Module, seed: int) -> None:
+def initialize_again(network: nn.Module, seed: int) -> None:
     """New weights from a stream of their own; the global generator goes on as if unused."""
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     network.cpu()
@@ -270,4 +303,4 @@ def _initialize_again(network: nn.Module, seed: int) -> None:
     network.to(device)
 
 
-__all__ = ["FrozenNetwork", "Source", "Teacher"]
+__all__ = ["FrozenNetwork", "Source", "Teacher", "initialize_again"]

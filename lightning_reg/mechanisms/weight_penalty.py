@@ -2,7 +2,8 @@
 
 A technique supplies two methods over a list of matrices, one matrix a weight and one row an output
 unit: :meth:`WeightPenalty.values`, the penalty of each, and :meth:`WeightPenalty.closed_form`,
-the same values with their gradients. It may supply :meth:`WeightPenalty.cost`.
+the same values with their gradients. It may supply :meth:`WeightPenalty.cost`, and
+:meth:`WeightPenalty.gradients` where gradients cost less without the values.
 
 The mechanism takes care of
 
@@ -20,7 +21,11 @@ The mechanism takes care of
   beside a technique that follows the gradient of each rank's own loss (SAM);
 - weights that FSDP2 shards: they are gathered, some at a time, and each rank keeps its part of
   the gradients;
-- the log, which shows the sum over weights without the strength.
+- the log, which shows the sum over weights without the strength; no value is computed on other
+  steps;
+- memory traffic, the cost of cheap penalties: a technique whose rows do not know of each other
+  says ``by_rows = True``, and its gradients are made and added on a CPU in pieces that its cache
+  holds.
 
 A technique whose closed form keeps a state for each weight sets ``splits = False``. One that needs
 more than a matrix (a stride, a bias, the name) derives from :class:`NamedPenalty`, the part of the
@@ -44,6 +49,11 @@ from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.selected_weights import SelectedWeights
 
 Mode = Literal["gradient", "loss"]
+Piece = tuple[list[Tensor], list[Tensor]]
+
+# Elements of a piece: a few of them fit into a second-level cache, and the calls for one cost
+# little beside its arithmetic.
+_PIECE = 2**18
 
 
 class NamedPenalty(SelectedWeights):
@@ -92,13 +102,20 @@ class NamedPenalty(SelectedWeights):
     ) -> tuple[Tensor, list[Tensor]]:
         """The penalties (N,), and the gradient by each weight, of its shape."""
 
+    def gradients_of(
+        self, context: RunContext, weights: Mapping[str, nn.Parameter]
+    ) -> list[Tensor]:
+        """The gradients of :meth:`closed_form_of`, where no value is wanted."""
+        return self.closed_form_of(context, weights)[1]
+
     def cost(self, weight: Tensor) -> float:
         """The relative cost of one weight, for sharing the work out over ranks."""
         return float(weight.numel())
 
     def acts_in(self, phase: str) -> bool:
-        """Only the loss of ``mode="loss"`` is the user's business under manual optimization."""
-        return phase != "penalty" or self.mode == "loss"
+        """Each mode has a phase of its own, and only the loss is the user's business."""
+        modes = {"penalty": "loss", "parameter_gradient": "gradient"}
+        return phase not in modes or self.mode == modes[phase]
 
     def penalty(self, step: Step) -> Tensor | None:
         """Phase 4, in ``mode="loss"``."""
@@ -115,15 +132,17 @@ class NamedPenalty(SelectedWeights):
         share = update.share(weights, self.cost)
         value = _zero(update)
         for group in gathered_together(share.own):
-            value = value + self._add_gradients(update, group)
-        return share.whole(value) if weights else None
+            if update.logging:
+                values, gradients = self.closed_form_of(update, group)
+                value = value + values.sum()
+                update.add_gradients(self, list(group.values()), gradients)
+            else:
+                self.add_gradients(update, group)
+        return share.whole(value) if weights and update.logging else None
 
-    def _add_gradients(
-        self, update: ParameterUpdate, weights: Mapping[str, nn.Parameter]
-    ) -> Tensor:
-        values, gradients = self.closed_form_of(update, weights)
-        update.add_gradients(self, list(weights.values()), gradients)
-        return values.sum()
+    def add_gradients(self, update: ParameterUpdate, weights: Mapping[str, nn.Parameter]) -> None:
+        """Add the gradients of some weights, where no value is wanted."""
+        update.add_gradients(self, list(weights.values()), self.gradients_of(update, weights))
 
 
 class WeightPenalty(NamedPenalty):
@@ -138,6 +157,8 @@ class WeightPenalty(NamedPenalty):
         name: the name in logs and checkpoints.
     """
 
+    by_rows: bool = False
+
     @abstractmethod
     def values(self, matrices: Sequence[Tensor]) -> Tensor:
         """The penalty (N,) of each of N matrices (out, in), differentiable."""
@@ -145,6 +166,10 @@ class WeightPenalty(NamedPenalty):
     @abstractmethod
     def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The penalties (N,) and their gradients, of the shapes of the matrices."""
+
+    def gradients(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of :meth:`closed_form`, without the values."""
+        return self.closed_form(matrices)[1]
 
     def values_of(self, context: RunContext, weights: Mapping[str, nn.Parameter]) -> Tensor:
         """The penalty of each weight."""
@@ -156,6 +181,32 @@ class WeightPenalty(NamedPenalty):
         """The penalty and the gradient of each weight."""
         values, gradients = self.closed_form(as_matrices(context.module, weights))
         return values, as_weights(context.module, weights, gradients)
+
+    def gradients_of(
+        self, context: RunContext, weights: Mapping[str, nn.Parameter]
+    ) -> list[Tensor]:
+        """The gradient of each weight."""
+        gradients = self.gradients(as_matrices(context.module, weights))
+        return as_weights(context.module, weights, gradients)
+
+    def add_gradients(self, update: ParameterUpdate, weights: Mapping[str, nn.Parameter]) -> None:
+        """Add the gradients of some weights, piece by piece where that saves memory traffic."""
+        pieces = self._pieces(update, weights) if self.by_rows else None
+        if pieces is None:
+            super().add_gradients(update, weights)
+            return
+        strength = update.strength(self)
+        for rows, gradients in pieces:
+            torch._foreach_add_(gradients, self.gradients(rows), alpha=strength)
+
+    def _pieces(
+        self, update: ParameterUpdate, weights: Mapping[str, nn.Parameter]
+    ) -> list[Piece] | None:
+        """Rows of the weights and of their gradients, which are views of both."""
+        if any(_transposed_groups(update.module, name) for name in weights):
+            return None
+        gradients = update.plain_gradients(list(weights.values()))
+        return None if gradients is None else _pieces(list(weights.values()), gradients)
 
 
 def as_matrices(module: nn.Module, weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -174,6 +225,23 @@ def as_weights(
         _as_weight(matrix, weight, _transposed_groups(module, name))
         for matrix, (name, weight) in zip(matrices, weights.items(), strict=True)
     ]
+
+
+def _pieces(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Piece]:
+    """Some rows at a time, of as many weights as fit into a piece."""
+    pieces: list[Piece] = []
+    room = 0
+    for weight, gradient in zip(weights, gradients, strict=True):
+        matrix, into = _as_matrix(weight.detach()), _as_matrix(gradient)
+        count = max(_PIECE // matrix.shape[1], 1)
+        for rows, target in zip(matrix.split(count), into.split(count), strict=True):
+            if not pieces or room < rows.numel():
+                pieces.append(([], []))
+                room = _PIECE
+            pieces[-1][0].append(rows)
+            pieces[-1][1].append(target)
+            room -= rows.numel()
+    return pieces
 
 
 def _zero(context: RunContext) -> Tensor:

@@ -40,6 +40,10 @@ from lightning_reg.metrics.confidence_bias import (
     overconfidence_error,
     underconfidence_error,
 )
+from lightning_reg.metrics.conservation import (
+    ConservationError,
+    conservation_error,
+)
 from lightning_reg.metrics.entropy import (
     PredictiveEntropy,
     predictive_entropy,
@@ -194,6 +198,10 @@ from lightning_reg.metrics.uncertainty import (
     CalibrationUncertainty,
     calibration_uncertainty,
 )
+from lightning_reg.metrics.utilization import (
+    Utilization,
+    utilization,
+)
 
 __all__ = [
     "AUGRC",
@@ -209,6 +217,7 @@ __all__ = [
     "CalibrationUncertainty",
     "ClassEntropy",
     "ConditionalEntropy",
+    "ConservationError",
     "CoverageAtRisk",
     "EnsembleEntropy",
     "EntropyHistogram",
@@ -255,6 +264,7 @@ __all__ = [
     "UncertaintyBins",
     "UncertaintyCalibrationError",
     "UnderconfidenceError",
+    "Utilization",
     "VariationRatio",
     "attention_entropy",
     "augrc",
@@ -269,6 +279,7 @@ __all__ = [
     "calibration_uncertainty",
     "class_entropy",
     "conditional_entropy",
+    "conservation_error",
     "coverage_at_risk",
     "draw_attention_entropy",
     "draw_entropies",
@@ -319,5 +330,6 @@ __all__ = [
     "sweep_calibration_error",
     "uncertainty_calibration_error",
     "underconfidence_error",
+    "utilization",
     "variation_ratio",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,21 +152,26 @@ class AdditiveMetric(Metric):
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
     ) -> None:
         group = process_group or self.process_group
-        sums = [n for n, reduction in self._reductions.items() if reduction is dim_zero_sum]
-        packed = torch.cat([_in_float64(getattr(self, name)).reshape(-1) for name in sums])
-        joint = _all_reduced(packed, dist_sync_fn, group)
+        self._take_sums(_all_reduced(self._packed_sums(), dist_sync_fn, group))
+        self._gather_others(dist_sync_fn, process_group)
+
+    def _sums(self) -> list[str]:
+        return [n for n, reduction in self._reductions.items() if reduction is dim_zero_sum]
+
+    def _packed_sums(self) -> Tensor:
+        return torch.cat([_in_float64(getattr(self, name)).reshape(-1) for name in self._sums()])
+
+    def _take_sums(self, packed: Tensor) -> None:
+        sums = self._sums()
         sizes = [getattr(self, name).numel() for name in sums]
-        for name, part in zip(sums, joint.split(sizes), strict=True):
+        for name, part in zip(sums, packed.split(sizes), strict=True):
             own = getattr(self, name)
             part = part if own.is_floating_point() else part.round()
             setattr(self, name, part.to(own.dtype).to(own.device).view(own.shape))
-        self._gather_others(sums, dist_sync_fn, process_group)
 
-    def _gather_others(
-        self, sums: list[str], dist_sync_fn: Callable[..., Any], process_group: Any
-    ) -> None:
+    def _gather_others(self, dist_sync_fn: Callable[..., Any], process_group: Any) -> None:
         """States that do not add up, of an exact mode for example, are gathered whole."""
-        every = self._reductions
+        every, sums = self._reductions, self._sums()
         others = {k: v for k, v in every.items() if k not in sums and k != "settings_key"}
         if not others:
             return
@@ -223,12 +228,37 @@ class AdditiveMetric(Metric):
             return super()._apply(fn, exclude_state)
 
 
+def join_states(metrics: Iterable[AdditiveMetric]) -> None:
+    """From now on, the metrics' states are those of all ranks: one all-reduce for all metrics.
+
+    Joined ones stay as they are; one more update or join needs a ``reset()`` before.
+
+    Args:
+        metrics: counted to the end; the same on all ranks.
+    """
+    own = [m for m in dict.fromkeys(metrics) if not m._is_synced and _on_several_ranks(m)]
+    if not own:
+        return
+    packed = [metric._packed_sums().to(_reachable(metric.process_group)) for metric in own]
+    joint = _all_reduced(torch.cat(packed), gather_all_tensors, own[0].process_group)
+    for metric, sums in zip(own, joint.split([len(p) for p in packed]), strict=True):
+        metric._cache = metric._copy_state_dict()
+        metric._take_sums(sums)
+        metric._gather_others(gather_all_tensors, None)
+        metric._is_synced = True
+
+
 def evaluate(metric: AdditiveMetric, *batch: Any) -> Any:
     """The value of one batch, of this process alone: what the functional twins return."""
     metric = metric.to(next(p.device for p in tree_leaves(batch) if isinstance(p, Tensor)))
     metric.update(*batch)
     metric.warn_of_invalid()
     return metric.value()
+
+
+def _on_several_ranks(metric: AdditiveMetric) -> bool:
+    available = metric.distributed_available_fn
+    return bool(available()) if callable(available) else False
 
 
 def _all_reduced(packed: Tensor, dist_sync_fn: Callable[..., Any], group: Any) -> Tensor:

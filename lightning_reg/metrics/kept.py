@@ -40,12 +40,12 @@ class KeepsSamples(AdditiveMetric):
         name, *own = super().update_settings()
         return (name, *(pair for pair in own if pair[0] not in self._defaults))
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+    def _gather_others(self, *args: Any) -> None:
         # torchmetrics stands in for a rank that kept nothing with a tensor of another dtype.
         for name, reduction in self._reductions.items():
             if reduction is dim_zero_cat:
                 setattr(self, name, [self.kept(name)])
-        super()._sync_dist(*args, **kwargs)
+        super()._gather_others(*args)
 
 
 class KeepingMetric(KeepsSamples, ExactMetric):

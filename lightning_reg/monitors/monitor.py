@@ -17,10 +17,11 @@ from lightning_reg.engine.errors import ArgumentError, RegularizationError
 from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.signals import Signals
 from lightning_reg.engine.step import Step
+from lightning_reg.metrics.additive import join_states
 from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.monitors.feed import StepFeed, _Run
 from lightning_reg.monitors.figures import Drawing, have_matplotlib, write_figure
-from lightning_reg.monitors.record import Entry, Record, joined, states_of, with_states
+from lightning_reg.monitors.record import Entry, Record, states_of, with_states
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,6 +76,7 @@ class Monitor(Callback):
         self.record = Record()
         self._metrics: dict[int, dict[str, ExactMetric]] = {}
         self._feed: StepFeed | None = None
+        self._finished = False
         self._loaders: list[Any] = []
 
     # ------------------------------------------------------------------ what a subclass supplies
@@ -94,6 +96,10 @@ class Monitor(Callback):
             step: what the user's step saw and returned: ``step.logits``, ``step.targets``.
             counted: (B,) False for samples that are repeats; ``None`` if all count.
         """
+
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[ExactMetric]:
+        """Count what is left, once every batch was seen; all metrics that are to be joined now."""
+        return [metric for metrics in self._metrics.values() for metric in metrics.values()]
 
     @abstractmethod
     def read(self, metrics: Mapping[str, ExactMetric]) -> dict[str, Tensor]:
@@ -268,6 +274,7 @@ class Monitor(Callback):
         if stage not in self.stages:
             return
         self._feed = StepFeed(self, trainer, module, _HOOKS[stage])
+        self._finished = False
         loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
         loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
         self._loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
@@ -294,13 +301,13 @@ class Monitor(Callback):
         # before the first epoch; nothing of them is reported, and the next start makes new metrics.
         if self._feed is None or trainer.sanity_checking:
             return
+        self._join(trainer, module)
         for index, metrics in self._metrics.items():
             tag = self._tag(stage, index)
-            with joined(metrics):
-                for metric in metrics.values():
-                    metric.warn_of_invalid()
-                values = self.read(metrics)
-                self.record.keep(tag, states_of(metrics), int(trainer.global_step))
+            for metric in metrics.values():
+                metric.warn_of_invalid()
+            values = self.read(metrics)
+            self.record.keep(tag, states_of(metrics), int(trainer.global_step))
             if not values:
                 continue
             # On the CPU in one transfer, in the precision in which they were computed.
@@ -308,14 +315,22 @@ class Monitor(Callback):
             for (name, value), number in zip(values.items(), numbers, strict=True):
                 key = self._key(stage, name) + tag[len(stage) :]
                 self.results[key] = number
-                # The ranks hold the same number; their maximum is that number, bit for bit.
-                module.log(
-                    key, value.float(), sync_dist=True, reduce_fx="max", add_dataloader_idx=False
-                )
+                log_joint(module, key, value)
             if stage == "val" and _fitting(trainer):
                 position = {"epoch": trainer.current_epoch, "step": int(trainer.global_step)}
                 own = dict(zip(values, numbers, strict=True))
                 self.record.remember(tag, {**position, **own, **self.entry(trainer)})
+
+    def _join(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Bring the states of all monitors together, when the first of them reports."""
+        callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [c for c in callbacks if isinstance(c, Monitor) and c._feed is not None]
+        waiting = [m for m in monitors if not m._finished]
+        counted: list[ExactMetric] = []
+        for monitor in waiting:
+            monitor._finished = True
+            counted += monitor.finish(trainer, module)
+        join_states(counted)
 
     def _draw(self, trainer: pl.Trainer, stage: Stage) -> None:
         if self._feed is None or trainer.sanity_checking:
@@ -382,6 +397,21 @@ class Monitor(Callback):
         return {**self.__dict__, "_feed": None, "_loaders": []}
 
 
+def log_joint(module: pl.LightningModule, key: str, value: Tensor) -> None:
+    """Log a number that all ranks hold already, without a collective."""
+    # With `rank_zero_only` Lightning reduces nothing and does not ask for it either; each rank
+    # keeps what it has, so that every callback finds the number.
+    module.log(
+        key,
+        value.float(),
+        batch_size=1,
+        sync_dist=True,
+        rank_zero_only=True,
+        reduce_fx="max",
+        add_dataloader_idx=False,
+    )
+
+
 def _counted(step: Step, loader: Any) -> Tensor | None:
     """False for samples that a DistributedSampler repeats; ``None`` if all count."""
     logits = step.logits
@@ -394,4 +424,4 @@ def _fitting(trainer: pl.Trainer) -> bool:
     return getattr(trainer.state.fn, "value", None) == "fit"
 
 
-__all__ = ["STAGES", "Monitor", "Stage", "_Run"]
+__all__ = ["STAGES", "Monitor", "Stage", "_Run", "log_joint"]

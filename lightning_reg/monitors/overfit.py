@@ -158,14 +158,21 @@ class OverfitMonitor(Monitor, StepWatcher):
     def read(self, metrics: Mapping[str, ExactMetric]) -> dict[str, Tensor]:
         """The gaps; nothing without a training side."""
         self._sides = {}
-        with joined(self._train):
-            train = _values_of(self._train)
+        train = _values_of(self._train)
         if bool(torch.isnan(train["accuracy"])):
             return {}
         held_out = _values_of(metrics)
         for side, values in (("train", train), ("val", held_out)):
             self._sides |= {f"{side}_{name}": float(value) for name, value in values.items()}
         return {name: held_out[name] - train[name].to(held_out[name]) for name in held_out}
+
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[ExactMetric]:
+        """Measure the training side, if that is when."""
+        in_fit = getattr(trainer.state.fn, "value", None) == "fit"
+        if self.train_data is not None and in_fit:
+            for step, counted in TrainSubset(self, self.train_data).steps(trainer, module):
+                self.observe(self._train, step, counted)
+        return [*super().finish(trainer, module), *self._train.values()]
 
     def entry(self, trainer: pl.Trainer) -> Entry:
         """Both sides."""
@@ -224,13 +231,9 @@ class OverfitMonitor(Monitor, StepWatcher):
         self._stop()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the training side, if that is when; log; start the next interval."""
+        """Log; start the next interval."""
         if trainer.sanity_checking:
             return
-        in_fit = getattr(trainer.state.fn, "value", None) == "fit"
-        if self.train_data is not None and in_fit:
-            for step, counted in TrainSubset(self, self.train_data).steps(trainer, pl_module):
-                self.observe(self._train, step, counted)
         super().on_validation_epoch_end(trainer, pl_module)
         for metric in self._train.values():
             metric.reset()

@@ -149,8 +149,8 @@ class PostHocCalibration(Monitor):
             self._fit(trainer, self._pass(trainer, pl_module, self.dataloader))
         super().on_validation_start(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fit, and log."""
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[ExactMetric]:
+        """Fit, and count what the fitted calibrator makes of the validation set."""
         if self._keeps:
             if self.dataloader_idx >= len(self._metrics):
                 raise self._no_such_loader(len(self._metrics))
@@ -159,7 +159,7 @@ class PostHocCalibration(Monitor):
                 for rows in self._kept.get(index, []):
                     self._update_calibrated(metrics, rows)
         self._kept = {}
-        super().on_validation_epoch_end(trainer, pl_module)
+        return super().finish(trainer, module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to watch."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_reg.engine.criterion import mixed
 from lightning_reg.engine.step import Step
 
 
 def predictions_of(step: Step, task: str, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """Predictions with the classes on dimension 1, and their targets.
+
+    Where techniques have mixed the samples, targets are their shares of classes, which the
+    batch, with the class of each first partner, does not say.
 
     Args:
         step: the user's step.
@@ -22,6 +27,9 @@ def predictions_of(step: Step, task: str, counted: Tensor | None) -> tuple[Tenso
         logits = logits.squeeze(-1)
     if task == "multiclass" and _classes_last(logits, targets):
         logits = logits.movedim(-1, 1)
+    if task == "multiclass" and step.mixes and targets.ndim == 1:
+        one_hot = F.one_hot(targets.clamp(0, logits.shape[1] - 1), logits.shape[1])
+        targets = mixed(step, one_hot.to(logits))
     return (logits, targets) if counted is None else (logits[counted], targets[counted])
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_reg.metrics.additive import AdditiveMetric
+from lightning_reg.metrics.additive import AdditiveMetric, join_states
 
 Metrics = Mapping[str, AdditiveMetric]
 Entry = dict[str, float]
@@ -71,12 +71,15 @@ class Record:
         self.steps = dict(state["steps"])
 
 
-def joined(metrics: Metrics) -> ExitStack:
+@contextmanager
+def joined(metrics: Metrics) -> Iterator[None]:
     """Within it, the metrics' states are those of all ranks."""
-    stack = ExitStack()
-    for metric in metrics.values():
-        stack.enter_context(metric.sync_context())
-    return stack
+    join_states(metrics.values())
+    try:
+        yield
+    finally:
+        for metric in metrics.values():
+            metric.unsync(should_unsync=metric._is_synced)
 
 
 def update_all(metrics: Iterable[AdditiveMetric], *batch: Tensor) -> None:

@@ -30,6 +30,7 @@ from lightning_reg.metrics.hessian import (
     hessian_eigenvalues,
     hessian_trace,
 )
+from lightning_reg.monitors.monitor import log_joint
 
 __all__ = ["SharpnessMonitor"]
 
@@ -173,11 +174,7 @@ class SharpnessMonitor(Callback):
         for name, value in found.items():
             key = f"{self.data}/{name}"
             self.results[key] = float(value)
-            # The ranks hold the same number; their maximum is that number, bit for bit.
-            logged = value.float().to(pl_module.device)
-            pl_module.log(
-                key, logged, batch_size=1, sync_dist=True, reduce_fx="max", add_dataloader_idx=False
-            )
+            log_joint(pl_module, key, value.to(pl_module.device))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Free the batches."""

@@ -158,7 +158,7 @@ def checksum(tensor: Tensor) -> Tensor:
     bits = tensor.view(_BITS[tensor.element_size()]) if tensor.ndim else tensor.reshape(1)
     bits = bits.view(_BITS[bits.element_size()])
     rows = bits if bits.ndim == 1 else bits.sum(tuple(range(1, bits.ndim)), dtype=torch.int64)
-    weights = torch.arange(1, 2 * len(rows), 2, device=tensor.device)
+    weights = 2 * torch.arange(len(rows), device=tensor.device) + 1
     return (rows * weights).sum()
 
 

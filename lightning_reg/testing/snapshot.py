@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
+from inspect import isroutine
 from typing import Any
 
 import torch
@@ -92,12 +93,15 @@ def equal(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, float) and one != one:
         return bool(other != other)
-    if isinstance(one, (*_PRIMITIVES, set, frozenset, type)) or is_dataclass(one) or callable(one):
-        return bool(one == other)
     if isinstance(one, nn.Module):
         return equal(dict(one.state_dict()), dict(other.state_dict()))
     attributes = getattr(one, "__dict__", None)
-    return bool(one == other) if attributes is None else equal(attributes, other.__dict__)
+    known = isinstance(one, (*_PRIMITIVES, set, frozenset, type)) or is_dataclass(one)
+    # Nothing among the attributes of a function, or of a partial one, says what it does.
+    opaque = isroutine(one) or (callable(one) and not attributes)
+    if known or opaque or attributes is None:
+        return bool(one == other)
+    return equal(attributes, other.__dict__)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

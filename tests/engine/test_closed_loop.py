@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import ConfidencePenalty
 from lightning_reg.engine import Regularizer
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.engine.errors import RegularizationError
-from lightning_reg.engine.schedule import ClosedLoop, Schedule, WarmupSchedule
+from lightning_reg.engine.schedule import Schedule, WarmupSchedule
 from lightning_reg.monitors import CalibrationMonitor
 from lightning_reg.testing import rank_trainer
 from tests.engine.simple import Confidence, Host, loader, trainer

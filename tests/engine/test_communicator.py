@@ -65,6 +65,19 @@ def gathered_together(sizes):
     return gather_together(_comm().gather, *parts)
 
 
+def stacked(values):
+    comm = _comm()
+    return comm.stack(values[comm.rank].requires_grad_())
+
+
+def test_tensors_of_one_shape_are_stacked_by_rank(ranks):
+    values = [torch.randn(2, 3), torch.randn(2, 3)]
+    for found in ranks.run(stacked, values):
+        assert torch.equal(found, torch.stack(values))
+        assert not found.requires_grad
+    assert torch.equal(Communicator().stack(values[0]), values[0][None])
+
+
 @pytest.mark.parametrize("sizes", [(4, 3), (7, 0), (0, 7)])
 def test_rows_of_several_types_come_whole_from_one_gather(ranks, sizes):
     expected = (ROWS[:, :1] > 0, ROWS.view(7, 3, 1).float(), ROWS[:, 0])
@@ -130,6 +143,33 @@ def test_means_have_the_joint_values_and_gradient(ranks, sizes):
         torch.testing.assert_close(values[0], first.detach())
         torch.testing.assert_close(values[1].double(), second.detach(), rtol=1e-6, atol=0)
         torch.testing.assert_close(values[2], scale.grad, rtol=1e-6, atol=0)
+
+
+def shares_of_a_second_pass(sizes):
+    comm = _comm()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    rows = _share(sizes)[:, 0]
+    _, counts = comm.means_and_counts([JointMean.of(rows)])
+    (share,) = comm.shares([JointMean.of((rows * scale).exp())], counts)
+    share.backward()
+    return comm.reduce(share.detach(), "mean"), comm.reduce(scale.grad, "mean")
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (7, 0)])
+def test_shares_add_up_to_the_joint_mean_and_its_gradient(ranks, sizes):
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    mean = (ROWS[:, 0] * scale).exp().mean()
+    mean.backward()
+    for value, gradient in ranks.run(shares_of_a_second_pass, sizes):
+        torch.testing.assert_close(value, mean.detach())
+        torch.testing.assert_close(gradient, scale.grad)
+
+
+def test_weights_are_facts_of_the_batch_where_they_are_said_to_be():
+    values = torch.ones(3)
+    assert JointMean.of(values).fixed
+    assert not JointMean.of(values, values).fixed
+    assert JointMean.of(values, values, fixed=True).fixed
 
 
 def test_mean_over_nothing_is_zero():

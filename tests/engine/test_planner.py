@@ -62,7 +62,7 @@ def test_other_callbacks_are_left_out():
     [
         ("batch_mixing", "MixSwitch"),
         ("label_smoothing", "smoothing would count twice"),
-        ("weight_perturbation", "second time"),
+        ("weight_perturbation", "run the step again"),
         ("criterion", "there is only one"),
     ],
 )

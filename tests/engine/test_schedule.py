@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.engine.errors import ArgumentError, RegularizationError
 from lightning_reg.engine.schedule import (
     CallableSchedule,
-    ClosedLoop,
     ConstantSchedule,
     CosineSchedule,
     ExponentialSchedule,

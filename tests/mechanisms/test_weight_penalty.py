@@ -9,7 +9,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_reg import ElasticNet, GroupLasso, L1Penalty, L2Penalty, TheoryScaledL1
 from lightning_reg.engine import ArgumentError, RegularizeMixin, UnsupportedError
+from lightning_reg.mechanisms import weight_penalty
 from lightning_reg.mechanisms.weight_penalty import WeightPenalty
 from lightning_reg.techniques.weights.norm_loss import NormLoss
 from tests.engine.simple import Host, fit, trainer, weights
@@ -187,3 +189,50 @@ def test_bad_arguments_are_refused_in_the_name_of_the_technique(arguments):
 def test_empty_choice_is_refused_before_training():
     with pytest.raises(ArgumentError, match="chooses no parameter"):
         fit([Ridge(1.0, parameters="no_such_name")])
+
+
+BY_ROWS = {
+    "L1Penalty": lambda: L1Penalty(0.01, mode="gradient"),
+    "L2Penalty": lambda: L2Penalty(0.01, mode="gradient"),
+    "ElasticNet": lambda: ElasticNet(0.01, mode="gradient"),
+    "GroupLasso": lambda: GroupLasso(0.01, mode="gradient"),
+    "NormLoss": lambda: NormLoss(0.01),
+    "TheoryScaledL1": lambda: TheoryScaledL1(0.01, samples=100, mode="gradient"),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize("elements", [1, 20, 10**6])
+def test_pieces_add_up_to_the_whole_bit_for_bit(monkeypatch, name, elements):
+    technique = BY_ROWS[name]()
+    assert technique.by_rows
+    # A step that is logged makes whole gradients, together with the value.
+    whole, _ = fit([technique], log_every_n_steps=1)
+    monkeypatch.setattr(weight_penalty, "_PIECE", elements)
+    pieces, _ = fit([BY_ROWS[name]()], log_every_n_steps=10**6)
+    plain, _ = fit()
+    assert torch.equal(weights(whole), weights(pieces))
+    assert not torch.equal(weights(whole), weights(plain))
+
+
+def test_columns_know_of_each_other():
+    assert not GroupLasso(0.01, groups="columns").by_rows
+
+
+def test_no_value_is_computed_for_a_step_that_is_not_logged():
+    seen = []
+
+    class Counted(L1Penalty):
+        def closed_form(self, matrices):
+            seen.append("values")
+            return super().closed_form(matrices)
+
+        def gradients(self, matrices):
+            seen.append("gradients")
+            return super().gradients(matrices)
+
+    fit([Counted(0.01, mode="gradient")], max_epochs=2, log_every_n_steps=10**6)
+    assert set(seen) == {"gradients"}
+    seen.clear()
+    fit([Counted(0.01, mode="gradient")], max_epochs=1, log_every_n_steps=1)
+    assert "values" in seen

@@ -253,7 +253,7 @@ def test_step_that_cannot_run_twice_is_refused():
 
 
 def test_two_perturbations_are_refused():
-    with pytest.raises(ConflictError, match="second time"):
+    with pytest.raises(ConflictError, match="run the step again"):
         fit([Ascent(), Ascent(name="other")])
 
 

@@ -16,7 +16,7 @@ from lightning_reg.engine import (
     RegularizationError,
     Signals,
 )
-from lightning_reg.engine.schedule import ClosedLoop
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.metrics import (
     calibration_error,
     predictive_entropy,

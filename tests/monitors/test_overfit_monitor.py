@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_reg.engine import ArgumentError, Regularizer
-from lightning_reg.engine.schedule import ClosedLoop
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.metrics import calibration_error, predictive_entropy, probability_margin
 from lightning_reg.monitors import CalibrationMonitor, OverfitMonitor
 from lightning_reg.testing import rank_trainer

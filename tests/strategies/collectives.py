@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_reg import (
     SAM,
+    AdversarialTraining,
     ConfidencePenalty,
     Cutout,
     EarlyLearning,
@@ -116,6 +117,7 @@ SETS: dict[str, Any] = {
     "none": list,
     "ten": ten,
     "second_pass": lambda: [ConfidencePenalty(0.1), EntropyPenalty(0.1), SAM(0.1)],
+    "attack": lambda: [ConfidencePenalty(0.1), AdversarialTraining(epsilon=0.1, steps=2)],
     "gathered": lambda: [ConfidencePenalty(0.1), VonNeumannEntropy(0.1, layer="net.0")],
     "table": lambda: [EarlyLearning(3.0), ConfidencePenalty(0.1)],
     "weights": lambda: [NormLoss(0.01), PreviousTaskAnchor(0.1)],

@@ -44,11 +44,18 @@ def test_replicated_penalties_are_logged_without_any(ranks):
         assert all(step["after"] == [] for step in steps)
 
 
-def test_each_pass_over_the_batch_needs_one(ranks):
-    steps = ranks.run(count, "second_pass", "ddp_reg", 50)[0]
+@pytest.mark.parametrize("techniques", ["second_pass", "attack"])
+def test_a_second_pass_needs_none(ranks, techniques):
+    steps = ranks.run(count, techniques, "ddp_reg", 50)[0]
     # The first step checks that the pass can be run again.
-    assert [len(step["forward"]) for step in steps] == [3, 2, 2]
+    assert [step["forward"] for step in steps] == [["all_reduce"] * 2] + [["all_reduce"]] * 2
     assert all(step["backward"] == step["after"] == [] for step in steps)
+
+
+def test_the_rise_behind_a_second_pass_needs_one_where_it_is_logged(ranks):
+    steps = ranks.run(count, "second_pass", "ddp_reg", 3)[0]
+    assert [step["forward"] for step in steps[1:]] == [["all_reduce"]] * 2
+    assert [step["after"] for step in steps] == [[], [], ["all_reduce"]]
 
 
 def test_gathers_are_the_price_of_joint_spectra_and_of_tables(ranks):

@@ -32,6 +32,10 @@ def test_checksum_sees_one_changed_element(dtype, shape):
     assert checksum(tensor).dtype == torch.int64
 
 
+def test_checksum_of_a_tensor_without_elements_is_zero():
+    assert int(checksum(torch.zeros(0, 3))) == 0
+
+
 def test_checksum_sees_the_last_bit_and_exchanged_rows():
     tensor = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     nudged = tensor.clone()

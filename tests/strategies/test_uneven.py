@@ -8,12 +8,19 @@ import torch
 from lightning_reg.mechanisms.output_penalty import LogitRows
 from lightning_reg.testing.checks.scale import rank_difference
 from lightning_reg.testing.snapshot import largest_gap
-from tests.strategies.uneven import changes_the_loss, chosen, on_rank, train
+from tests.strategies.uneven import changes_the_loss, chosen, on_rank, train, twice, twice_on_rank
 
 SUBJECTS = chosen()
 # What they add follows from the user's loss, which is taken away here, or from draws for each
 # rank's own samples: ranks have to agree, and to finish.
-OF_THE_LOSS = ["AAER", "ELLE", "MESA", "TruncatedModelStep"]
+OF_THE_LOSS = [
+    "AAER",
+    "AgreementGradientDropout",
+    "ELLE",
+    "MESA",
+    "TruncatedModelStep",
+    "VanishingGradientRegularizer",
+]
 PENALTIES = [
     n for n, s in SUBJECTS.items() if not changes_the_loss(s.technique()) and n not in OF_THE_LOSS
 ]
@@ -53,3 +60,12 @@ def test_what_follows_from_the_loss_keeps_ranks_equal(outcomes, name):
     one, other = (found[name] for found in outcomes)
     assert rank_difference(SUBJECTS[name], one, other) is None
     assert all(torch.isfinite(weight).all() for weight in one.weights.values())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_second_pass_is_over_the_samples_of_all_ranks(ranks, gated):
+    joint, once = twice(gated, None), train(SUBJECTS["EntropyPenalty"], None)
+    for answer in ranks.run(twice_on_rank, gated):
+        gap, where = largest_gap(joint.weights, pickle.loads(answer).weights)
+        assert gap <= 1e-9, where
+    assert largest_gap(joint.weights, once.weights)[0] > 1e-6

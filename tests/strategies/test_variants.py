@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 
+from lightning_reg.mechanisms.gradient_aggregation import GradientAggregation
 from lightning_reg.testing.checks.scale import rank_difference
 from lightning_reg.testing.snapshot import largest_gap
 from tests.strategies.drift import subjects
@@ -27,8 +28,9 @@ def outcomes(ranks):
 @pytest.mark.parametrize("variant", STRATEGIES)
 def test_replicas_stay_bit_equal(outcomes, variant):
     one, other = outcomes(variant)
-    assert one.keys() == SUBJECTS.keys()
-    differences = {n: rank_difference(SUBJECTS[n], one[n], other[n]) for n in SUBJECTS}
+    refusing = {n for n, s in SUBJECTS.items() if issubclass(s.cls, GradientAggregation)}
+    assert one.keys() == SUBJECTS.keys() - (refusing if variant == "fp16_hook" else set())
+    differences = {n: rank_difference(SUBJECTS[n], one[n], other[n]) for n in one}
     assert {name: text for name, text in differences.items() if text is not None} == {}
 
 

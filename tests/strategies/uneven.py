@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_reg import SAM
+from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.regularizer import CRITERION_PHASES, Regularizer, overrides
+from lightning_reg.engine.step import Step
+from lightning_reg.mechanisms.output_penalty import OutputPenalty
 from lightning_reg.testing.runs import Outcome, Setting
 from lightning_reg.testing.subject import Subject
 from tests.strategies.drift import subjects
@@ -80,8 +85,8 @@ def chosen() -> dict[str, Subject]:
     return found
 
 
-def train(subject: Subject, rank: int | None) -> Outcome:
-    """Two steps on a rank, or in one process on the joint batches.
+def train(subject: Subject, rank: int | None, beside: Sequence[Callback] = ()) -> Outcome:
+    """Two steps on a rank, or in one process on the joint batches, beside other callbacks.
 
     Penalties are alone: the user's own loss, a mean on each rank, is not that of joint batches.
     """
@@ -97,7 +102,7 @@ def train(subject: Subject, rank: int | None) -> Outcome:
         changes=case.joint,
         module=guarded(case.host, 0.0 if alone else 1.0)(SETTING.options),
         loader=lambda data, **_: DataLoader(data, batch_sampler=batches),
-        after=[Finite()],
+        after=[Finite(), *beside],
         distributed=rank is not None,
         trainer={"use_distributed_sampler": False},
     ).go()
@@ -107,3 +112,25 @@ def on_rank() -> bytes:
     """On a rank: what each technique trains."""
     rank = torch.distributed.get_rank()
     return pickle.dumps({name: train(subject, rank) for name, subject in chosen().items()})
+
+
+class Gated(OutputPenalty):
+    """Rows weigh what the model makes of them, in each pass anew."""
+
+    def values(self, logits: Tensor) -> Tensor:
+        return logits.square().sum(1)
+
+    def penalty(self, step: Step) -> JointMean:
+        rows = self._rows(step.logits, step.find("targets"))
+        return JointMean.of(self.values(rows), rows.softmax(1).amax(1))
+
+
+def twice_on_rank(gated: bool) -> bytes:
+    """On a rank: what a penalty trains that counts in both passes over the batch."""
+    return pickle.dumps(twice(gated, torch.distributed.get_rank()))
+
+
+def twice(gated: bool, rank: int | None) -> Outcome:
+    """A penalty whose gradient is taken where its own gradient over all ranks points to."""
+    beside = [Gated(1.0)] if gated else []
+    return train(subjects()["EntropyPenalty"], rank, [*beside, SAM(0.5, sharpness="global")])

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from lightning_reg.mechanisms.gradient_aggregation import GradientAggregation
 from lightning_reg.strategies.ddp_reg import RegularizedDDPStrategy
 from lightning_reg.testing.contract import not_run
 from lightning_reg.testing.hosts import SAMPLES
@@ -54,6 +55,9 @@ def trained(variant: str) -> bytes:
     """On a rank: the outcome of each technique, or how it failed."""
     found: dict[str, Any] = {}
     for name, subject in subjects().items():
+        if variant == "fp16_hook" and issubclass(subject.cls, GradientAggregation):
+            # A hook of its own; the test of the mechanism sees it refuse a second one.
+            continue
         strategy = STRATEGIES[variant]()
         before = [Compress()] if variant == "fp16_hook" else []
         run = subject.run(

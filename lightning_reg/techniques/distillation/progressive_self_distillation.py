@@ -182,7 +182,7 @@ class ProgressiveSelfDistillation(Teacher, SampleMemoryRegularizer):
         return past
 
     def _past_predictions(self, step: Step, distribution: Tensor) -> Tensor:
-        if step.mixes:
+        if step.is_mixed:
             raise UnsupportedError(
                 self,
                 "keeps predictions by sample, and the samples of this batch are mixed",

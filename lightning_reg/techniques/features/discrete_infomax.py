@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_reg.engine import Paper, RegularizationError, Regularizer, Schedule, Signals, Step
+from lightning_reg.engine.criterion import mixed
 from lightning_reg.engine.errors import ArgumentError, check_range
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.feature_penalty import check_layer
@@ -27,7 +29,7 @@ def discrete_infomax(logits: Tensor, labels: Tensor, independence: float = 1.0) 
 
     Args:
         logits: (N, d, k): d entries of k values.
-        labels: (N,) integers.
+        labels: (N,) integers, or (N, C) shares of classes, of samples that were mixed.
         independence: ``gamma``.
 
     Returns:
@@ -36,11 +38,8 @@ def discrete_infomax(logits: Tensor, labels: Tensor, independence: float = 1.0) 
     if len(logits) == 0:
         return 0.0 * logits.sum()
     p = logits.softmax(-1)
-    same = (labels[:, None] == labels[None]).to(p)
-    # The mean of each sample's class: its entropy, averaged over samples, is that over labels.
-    within = torch.einsum("nm,mdk->ndk", same / same.sum(1, keepdim=True), p)
     entries = _entropies(p.mean(0))
-    information = (entries - _entropies(within).mean(0)).sum()
+    information = (entries - _within(p, labels)).sum()
     if logits.shape[1] == 1 or independence == 0:
         return -information
     flat = p.flatten(1)
@@ -49,6 +48,18 @@ def discrete_infomax(logits: Tensor, labels: Tensor, independence: float = 1.0) 
     pairs = entries[:, None] + entries[None] - _entropies(joint.transpose(1, 2).flatten(2))
     redundancy = pairs.sum() - pairs.diagonal().sum()
     return -information + independence * redundancy
+
+
+def _within(p: Tensor, labels: Tensor) -> Tensor:
+    """The entropy (d,) of each entry given the label."""
+    if labels.is_floating_point():
+        sizes = labels.sum(0)
+        means = torch.einsum("nc,ndk->cdk", labels / sizes.clamp_min(1e-12), p)
+        return (sizes[:, None] / len(p) * _entropies(means)).sum(0)
+    same = (labels[:, None] == labels[None]).to(p)
+    # The mean of each sample's class: its entropy, averaged over samples, is that over labels.
+    means = torch.einsum("nm,mdk->ndk", same / same.sum(1, keepdim=True), p)
+    return _entropies(means).mean(0)
 
 
 def _entropies(p: Tensor) -> Tensor:
@@ -81,7 +92,8 @@ class DiscreteInfomax(Regularizer):
         RegularizationError: in the first step, if the layer's width is no multiple of d.
 
     Note:
-        Over ranks: global. Codes and labels of all ranks are gathered with gradients, as the
+        A sample that was mixed belongs to its classes by their shares, which is ours. Over ranks:
+        global. Codes and labels of all ranks are gathered with gradients, as the
         entropy of a mean is not the mean of ranks' entropies: N ranks equal one process with the
         joint batch. Under accumulation each micro-batch estimates by itself, and small batches
         estimate badly: information is biased upwards by about ``(k - 1)(classes - 1) / 2N`` an
@@ -154,7 +166,11 @@ class DiscreteInfomax(Regularizer):
     def penalty(self, step: Step) -> Tensor:
         """Phase 4."""
         codes, labels = self._codes(step.feature(self.layer)), step.targets
-        if labels.is_floating_point() or labels.shape != codes.shape[:1]:
+        if step.mixes:
+            assert step.target_distribution is not None
+            classes = step.target_distribution.shape[-1]
+            labels = mixed(step, F.one_hot(labels, classes).to(codes))
+        elif labels.is_floating_point() or labels.shape != codes.shape[:1]:
             raise RegularizationError(
                 self,
                 f"needs one integer label a sample, got {labels.dtype} of shape "

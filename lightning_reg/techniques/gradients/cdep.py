@@ -159,7 +159,7 @@ class CDEP(Regularizer):
         relevant, irrelevant = decompose(layers, inputs, mask)
         self._check(step.logits, relevant + irrelevant, layers)
         annotated = mask.flatten(1).any(1).expand(len(relevant))
-        return JointMean.of(cdep(relevant, irrelevant, self.score), annotated)
+        return JointMean.of(cdep(relevant, irrelevant, self.score), annotated, fixed=True)
 
     def _layers(self, module: nn.Module) -> list[nn.Module]:
         return flat_layers([module.get_submodule(name) for name in self.chain])

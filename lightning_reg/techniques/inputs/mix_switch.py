@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_reg.engine import Paper, Schedule, Signals, Step
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.engine.errors import ArgumentError, check_range
-from lightning_reg.engine.schedule import ClosedLoop
 from lightning_reg.mechanisms.batch_transform import (
     MIXING_EXEMPTIONS,
     BatchTransform,

@@ -15,8 +15,8 @@ from lightning_reg.mechanisms.batch_transform import (
     Per,
     Replaces,
     Transformed,
-    draw_beta,
-    draw_permutation,
+    draw_mix,
+    mix_rows,
 )
 
 __all__ = ["Mixup", "mixup"]
@@ -33,8 +33,7 @@ def mixup(inputs: Tensor, permutation: Tensor, lam: Tensor) -> Tensor:
     Returns:
         (B, ...); where ``lam`` is 1 the sample itself, bit for bit.
     """
-    weight = lam.to(inputs).view(-1, *[1] * (inputs.ndim - 1))
-    return torch.lerp(inputs[permutation], inputs, weight)
+    return mix_rows(inputs, permutation, lam)
 
 
 class Mixup(BatchTransform):
@@ -120,10 +119,7 @@ class Mixup(BatchTransform):
         self, inputs: Tensor, chosen: Tensor, generator: torch.Generator, step: Step
     ) -> Transformed:
         """Mix the chosen samples."""
-        size = len(inputs)
-        drawn = draw_beta(self.alpha, size if self.per == "sample" else 1, generator)
-        lam = torch.where(chosen, drawn, 1.0).float()
-        permutation = draw_permutation(size, generator).to(inputs.device)
+        permutation, lam = draw_mix(self.alpha, chosen, self.per, generator)
         share = 1 - float(lam.mean())
-        lam = lam.to(inputs.device)
+        permutation, lam = permutation.to(inputs.device), lam.to(inputs.device)
         return Transformed(mixup(inputs, permutation, lam), share, permutation, lam)

@@ -23,7 +23,7 @@ def acls(
     margin: float = 10.0,
     positive: float = 1.0,
     negative: float = 0.1,
-    reference: Reference = "minimum",
+    reference: Reference = "zero",
 ) -> Tensor:
     """The conditional smoothing of each row of logits.
 
@@ -37,7 +37,7 @@ def acls(
         margin: ``M``; distances below it are free.
         positive: ``lambda_1``.
         negative: ``lambda_2``.
-        reference: ``r``: ``"minimum"`` for ``min_k z_k``, ``"zero"`` for 0.
+        reference: ``r``: ``"zero"`` for 0, ``"minimum"`` for ``min_k z_k``.
 
     Returns:
         (...), in squared units of logits, at least 0.
@@ -57,19 +57,20 @@ class ACLS(OutputPenalty):
     Park, Noh, Oh, Baek, Ham (2023), ACLS: Adaptive and Conditional Label Smoothing for Network
     Calibration, arXiv:2308.11911.
 
-    ``L = CE + alpha [lambda_1 mean_i max(0, z_y - min_k z_k - M)^2
+    ``L = CE + alpha [lambda_1 mean_i max(0, z_y - r - M)^2
     + lambda_2 mean_i 1/(K-1) sum_{j != y} max(0, z_y - z_j - M)^2]`` with
-    ``y = argmax_j z_j`` of sample ``i``. Its gradient is what label smoothing adds to that of
-    the cross-entropy, but it grows with the distance (adaptive) and is 0 inside the margin
-    (conditional); so it is a penalty on logits, and labels stay as they are. It does not look at
-    labels: ``y`` is the predicted class.
+    ``y = argmax_j z_j`` of sample ``i``, and ``r`` 0 or ``min_k z_k``. Its gradient is what label
+    smoothing adds to that of the cross-entropy, but it grows with the distance (adaptive) and is 0
+    inside the margin (conditional); so it is a penalty on logits, and labels stay as they are. It
+    does not look at labels: ``y`` is the predicted class.
 
     The official code (cvlab-yonsei/ACLS, ``calibrate/losses/acls.py``) has ``max(0, z_y - M)^2``
-    in the first term, which depends on where the zero of the logits lies although predictions do
-    not. The default ``reference="minimum"`` follows the paper, whose formula is from memory and
-    not checked against its text; ``reference="zero"`` gives value and gradient of the code. As
-    there, ``z_y`` is held fixed in the second term; that the minimum is held fixed in the first
-    is the same rule, and ours. Defaults of the code: ``alpha = 0.1``, ``lambda_1 = 1``,
+    in the first term, and the default ``reference="zero"`` gives its value and gradient.
+    ``reference="minimum"`` is the paper's formula, from memory and not checked against its text.
+    As in the code ``z_y`` is held fixed in the second term; that the minimum is held fixed in the
+    first is the same rule, and ours. Then nothing fixes where the zero of the logits lies: they
+    may drift without an end, as they did on small noisy data, to -4000 and the accuracy of chance.
+    From zero such a drift has a price. Defaults of the code: ``alpha = 0.1``, ``lambda_1 = 1``,
     ``lambda_2 = 0.1``, ``M = 10``. It counts ignored positions in the penalty, which are left
     out here.
 
@@ -79,7 +80,7 @@ class ACLS(OutputPenalty):
             trained to the end; on logits that never spread as far the penalty is 0 throughout.
         positive: ``lambda_1``, at least 0.
         negative: ``lambda_2``, at least 0.
-        reference: what the largest logit is measured from: ``"minimum"`` or ``"zero"``.
+        reference: what the largest logit is measured from: ``"zero"`` or ``"minimum"``.
         ignore_index: positions with this label do not count.
         class_dim: where the classes lie, for logits of three dimensions or more; by default it
             follows from the labels' shape.
@@ -125,7 +126,7 @@ class ACLS(OutputPenalty):
         margin: float = 10.0,
         positive: float = 1.0,
         negative: float = 0.1,
-        reference: Reference = "minimum",
+        reference: Reference = "zero",
         ignore_index: int | None = -100,
         class_dim: int | None = None,
         signals: Signals | None = None,
@@ -144,7 +145,7 @@ class ACLS(OutputPenalty):
             raise ArgumentError(
                 self,
                 f"`reference` must be one of {', '.join(_REFERENCES)}, got {reference!r}",
-                cure='ACLS(0.1, reference="minimum")',
+                cure='ACLS(0.1, reference="zero")',
             )
         self.margin = margin
         self.positive = positive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -54,22 +54,29 @@ def length_probabilities(width: int, sigma: float | None, mu: float = 0.0) -> Te
     return (-((lengths - mu) / sigma).square()).softmax(0)
 
 
-def truncation_accuracy(features: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
+def truncation_accuracy(
+    features: Tensor | Sequence[Tensor], targets: Tensor, head: nn.Linear | Sequence[nn.Linear]
+) -> Tensor:
     """How many samples are right when only the first ``k`` features are kept, for all ``k``.
 
     Args:
-        features: (N, D).
+        features: (N, D); or one such for each of several networks, whose logits are added.
         targets: (N,) classes.
-        head: the linear layer that reads the features.
+        head: the linear layer that reads the features; or one for each network.
 
     Returns:
         (D,) int64 counts, for ``k`` from 1 to ``D``.
     """
-    right = torch.zeros(features.shape[1], dtype=torch.int64, device=features.device)
-    bias = 0.0 if head.bias is None else head.bias
-    logits = features.new_zeros(len(features), head.out_features) + bias
-    for k in range(features.shape[1]):
-        logits = torch.addcmul(logits, features[:, k : k + 1], head.weight[:, k])
+    features = [features] if isinstance(features, Tensor) else list(features)
+    heads = [head] if isinstance(head, nn.Linear) else list(head)
+    width, networks = features[0].shape[1], list(zip(features, heads, strict=True))
+    right = torch.zeros(width, dtype=torch.int64, device=targets.device)
+    logits = features[0].new_zeros(len(targets), heads[0].out_features)
+    for _, layer in networks:
+        logits = logits if layer.bias is None else logits + layer.bias
+    for k in range(width):
+        for values, layer in networks:
+            logits = torch.addcmul(logits, values[:, k : k + 1], layer.weight[:, k])
         right[k] = (logits.argmax(1) == targets).sum()
     return right
 
@@ -91,7 +98,8 @@ class NestedDropout(ActivationNoise):
     factor of 1/2, ``mu = 0``, ``sigma`` 100 or more; no scaling; the best length by accuracy on
     held-out data, a shorter one preferred by 1e-5 for each unit. ``per="sample"`` with
     ``sigma=None`` is the uniform draw of the second paper, applied with probability 0.5 there
-    (``probability``). Its co-teaching is a technique of its own.
+    (``probability``). For the first paper's second part put :class:`CoTeaching` beside it, which
+    cuts the features of both its networks.
 
     Args:
         probability: with which a batch (a sample) is cut, in [0, 1], or a Schedule; 0 turns the
@@ -164,7 +172,8 @@ class NestedDropout(ActivationNoise):
 
     def change(self, layer: str, output: Any) -> Any:
         """Cut at a random length in training steps, at the best one in evaluation."""
-        if self._now is None and self._evaluating and self.best_length is not None:
+        evaluating = self._evaluating if self._now is None else self._now[0].evaluating
+        if evaluating and self.best_length is not None:
             return nested_dropout(output, torch.tensor(self.best_length, device=output.device))
         return super().change(layer, output)
 
@@ -210,21 +219,23 @@ class NestedDropout(ActivationNoise):
     @torch.no_grad()
     def select_length(
         self,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        head: nn.Linear,
+        batches: Iterable[tuple[Tensor | Sequence[Tensor], Tensor]],
+        head: nn.Linear | Sequence[nn.Linear],
         comm: Communicator | None = None,
     ) -> int:
         """Find the length with the best accuracy on held-out data, and cut there from now on.
 
         Args:
-            batches: pairs of whole representations (B, D) and classes (B,); this rank's.
-            head: the linear layer that reads them.
+            batches: pairs of whole representations (B, D), or of one for each network, and classes
+                (B,); this rank's.
+            head: the linear layer that reads them; or one for each network.
             comm: the ranks that share the data; every one has to call this.
 
         Returns:
             The length, also kept as ``best_length``.
         """
-        right, total = torch.zeros(head.in_features, dtype=torch.int64), torch.zeros(1).long()
+        width = head.in_features if isinstance(head, nn.Linear) else head[0].in_features
+        right, total = torch.zeros(width, dtype=torch.int64), torch.zeros(1).long()
         for features, targets in batches:
             right += truncation_accuracy(features, targets, head).cpu()
             total += len(targets)

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_reg.engine import Paper, RegularizationError, Schedule, Signals, Step
+from lightning_reg.engine import (
+    Paper,
+    RegularizationError,
+    Schedule,
+    Signals,
+    Step,
+    UnsupportedError,
+)
 from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.technique import Semantics
@@ -73,6 +80,7 @@ class EarlyLearning(SampleMemoryRegularizer):
         ArgumentError: if ``strength`` is below 0, ``beta`` outside [0, 1) or a size below 1.
         MissingSignalError: in the first step, if the dataset is no ``IndexedDataset``.
         RegularizationError: in the first step, if logits are not (B, C).
+        UnsupportedError: if another technique mixes samples, whose predictions are of no sample.
 
     Note:
         Needs ``IndexedDataset(train_dataset)``; the training step does not notice. Labels are
@@ -133,6 +141,12 @@ class EarlyLearning(SampleMemoryRegularizer):
                 self,
                 f"keeps one target per sample and needs logits (B, C), got {tuple(logits.shape)}",
                 cure='signals=Signals(logits="module.<name>")',
+            )
+        if step.is_mixed:
+            raise UnsupportedError(
+                self,
+                "keeps predictions by sample, and the samples of this batch are mixed",
+                cure="EarlyLearning(3.0) without Mixup, CutMix or MixSwitch",
             )
         past = self.recall(step, logits.shape[1]).to(logits)
         targets = self.remember(step, _moving_average(past, logits, self.beta))

@@ -48,7 +48,8 @@ class GeneralizedCrossEntropy(LossReplacement):
     it on after a warm-up (``truncate_from``) and decides once in ten epochs which samples those
     are, with the best model so far; here each step decides with the model as it is, which needs
     no memory of samples. ``q`` 0.7 and ``k`` 0.5 are the paper's; the formula agrees with
-    AlanChou/Truncated-Loss, TruncatedLoss.py. Soft labels are ours.
+    AlanChou/Truncated-Loss, TruncatedLoss.py, and the truncated one in each step with
+    Optimization-AI/ICML2023_LDR, loss.py. Soft labels are ours.
 
     Args:
         strength: the share of this loss in [0, 1]; the rest stays the cross-entropy.

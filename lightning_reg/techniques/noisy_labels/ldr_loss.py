@@ -69,25 +69,31 @@ def ldr_loss(
     return top.squeeze(-1) + lam * torch.log1p(below)
 
 
-def adaptive_lambda(scores: Tensor, lam: Tensor, lam_0: float = 1.0, alpha: float = 2.0) -> Tensor:
-    """``lambda_0 (1 - KL(p || 1/K) / (alpha log K))`` of each row.
+def adaptive_lambda(
+    scores: Tensor, lam: Tensor, lam_0: float = 1.0, alpha: float = 2.0, iterations: int = 1
+) -> Tensor:
+    """``lambda <- lambda_0 (1 - KL(p || 1/K) / (alpha log K))`` of each row, ``iterations`` times.
 
     Here ``p = softmax(f / lambda)``, at the present ``lambda``. Surer predictions get a smaller
-    one, down to ``lambda_0 (1 - 1 / alpha)``.
+    one, down to ``lambda_0 (1 - 1 / alpha)``. From ``lambda_0`` the iterates fall to the largest
+    ``lambda`` at which ALDR-KL without a margin is stationary; there is no closed form.
 
     Args:
         scores: (N, K) ``f``; no gradient flows.
         lam: (N,) the present ``lambda`` of each sample, above 0.
         lam_0: ``lambda_0``, where uniform predictions stay.
         alpha: above 1, so that ``lambda`` stays above 0.
+        iterations: at least 1.
 
     Returns:
         (N,) the next ``lambda``.
     """
-    log_p = F.log_softmax(scores.detach() / lam.unsqueeze(-1), dim=-1)
-    log_k = math.log(scores.shape[-1])
-    divergence = log_k + (log_p.exp() * log_p).sum(-1)
-    return lam_0 * (1 - divergence / (alpha * log_k))
+    scores, log_k = scores.detach(), math.log(scores.shape[-1])
+    for _ in range(iterations):
+        log_p = F.log_softmax(scores / lam.unsqueeze(-1), dim=-1)
+        divergence = log_k + (log_p.exp() * log_p).sum(-1)
+        lam = lam_0 * (1 - divergence / (alpha * log_k))
+    return lam
 
 
 def aldr_loss(
@@ -211,19 +217,25 @@ class ALDRLoss(LossReplacement, SampleMemoryRegularizer):
     K))`` with ``p_i = softmax(f_i / lambda_i)``, then takes the loss at the new one.
 
     Confirmed with the official code (Optimization-AI/ICML2023_LDR, loss.py, ``ALDRLoss_V1``):
-    logits are divided by their mean absolute value; ``alpha' = alpha log K / lambda_0``; no
-    gradient flows through ``lambda_i``; the margin is not part of ``p_i``. It adds 1e-5 to
-    probabilities for the logarithm, which a log-softmax makes needless. Soft labels are ours.
-    Default ``margin``, ``lam`` and ``normalization`` are those of the official class, ``alpha``
-    2 that of its scripts.
+    logits are divided by their mean absolute value, after a softplus for CIFAR-100; ``alpha' =
+    alpha log K / lambda_0``; no gradient flows through ``lambda_i``; one update a visit; the
+    margin is not part of ``p_i``, as it would be in the exact maximum. It adds 1e-5 to
+    probabilities for the logarithm, which a log-softmax makes needless. Soft labels,
+    ``iterations`` and ``stored`` are ours. Default ``margin``, ``lam`` and ``normalization`` are
+    those of the official class, ``alpha`` 2 that of its scripts, which run ``margin=0.1,
+    lam=10.0`` (chosen among 0.1, 1 and 10).
 
     Args:
         strength: the share of this loss in [0, 1]; the rest stays the cross-entropy.
         lam: ``lambda_0``, above 0.
-        alpha: above 1; large values hold ``lambda_i`` at ``lambda_0``.
+        alpha: above 1; large values hold ``lambda_i`` at ``lambda_0``. To change it over the run:
+            ``AttributeSchedule(..., paths=["callbacks.ALDRLoss.alpha"])``.
         margin: ``c``, at least 0.
         normalization: of the logits: ``"l1"``, ``"softplus"`` or ``"none"``; see
             :class:`LDRLoss`.
+        iterations: updates of ``lambda_i`` in a step, at least 1.
+        stored: keep ``lambda_i`` between epochs. Without, a step starts from ``lambda_0`` and
+            nothing is remembered: take some ten ``iterations``.
         num_samples: the length of the training set; ``None`` takes it from the dataloader.
         replaces: what of the user's loss goes: ``"cross_entropy"``, ``"term"`` or ``"loss"``.
         signals: where ``logits`` and ``targets`` (and ``sample_index``) are.
@@ -235,10 +247,12 @@ class ALDRLoss(LossReplacement, SampleMemoryRegularizer):
         RegularizationError: in the first step, if labels are not one per sample.
 
     Note:
-        Needs ``IndexedDataset(train_dataset)``. Over ranks: global; each step gathers one number
-        per sample, so that every rank holds the table of ``lambda`` that one process would
-        have. Cost: two exponentials per logit. The table is part of checkpoints (the official
-        code loses it).
+        Needs ``IndexedDataset(train_dataset)``, and neither it nor one label per sample with
+        ``stored=False``. Over ranks: global; each step gathers one number per sample, so that
+        every rank holds the table of ``lambda`` that one process would have. A mixed sample
+        moves the ``lambda`` of the place that it has in the batch. Cost: an exponential per
+        logit and another per iteration. The table is part of checkpoints (the official code loses
+        it). Logged beside the loss is the mean ``lambda_i``, under ``reg/aldr_loss_lambda``.
 
         It hurts where classes are many and rare ones hard: they are treated as noise.
 
@@ -261,6 +275,8 @@ class ALDRLoss(LossReplacement, SampleMemoryRegularizer):
         alpha: float = 2.0,
         margin: float = 1.0,
         normalization: Normalization = "l1",
+        iterations: int = 1,
+        stored: bool = True,
         num_samples: int | None = None,
         replaces: Replaces = "cross_entropy",
         signals: Signals | None = None,
@@ -269,27 +285,52 @@ class ALDRLoss(LossReplacement, SampleMemoryRegularizer):
         super().__init__(strength, replaces=replaces, signals=signals, name=name)
         check_range(self, "lam", lam, 0, math.inf, low_open=True, high_open=True, cure=_CURE)
         check_range(self, "alpha", alpha, 1, low_open=True, cure=_CURE)
+        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
+            problem = f"`iterations` must be a whole number from 1, got {iterations!r}"
+            raise ArgumentError(self, problem, cure="ALDRLoss(iterations=10)")
         _check_scores(self, margin, normalization)
         self.lam = lam
         self.alpha = alpha
         self.margin = margin
         self.normalization = normalization
+        self.iterations = iterations
+        self.stored = stored
         self.memory = SampleTable(self, num_samples, width=1, fill=lam)
 
     def losses(self, step: Step, logits: Tensor, distribution: Tensor) -> Tensor:
         """ALDR-KL of each row, at the ``lambda`` to which this step moves its sample."""
+        scores = _normalized(logits, self.normalization)
+        lam = self._lambda(step, scores)
+        if not step.is_rerun:
+            step.log(self, lam.mean(), "lambda")
+        return aldr_loss(scores, distribution, lam, self.lam, self.alpha, self.margin)
+
+    def _lambda(self, step: Step, scores: Tensor) -> Tensor:
+        """The ``lambda`` (N,) of each row in this step."""
+        if not self.stored:
+            return self._moved(scores, scores.new_full((len(scores),), self.lam))
         past = self.recall(step, 1)
-        if len(past) != len(logits):
+        if len(past) != len(scores):
             raise RegularizationError(
                 self,
-                f"keeps one lambda per sample; the loss has {len(logits)} terms for "
+                f"keeps one lambda per sample; the loss has {len(scores)} terms for "
                 f"{len(past)} samples",
-                cure="LDRLoss(lam=1.0)  # one lambda for all",
+                cure="ALDRLoss(stored=False, iterations=10)",
             )
-        scores = _normalized(logits, self.normalization)
-        lam = adaptive_lambda(scores, past[:, 0].to(scores), self.lam, self.alpha)
-        lam = self.remember(step, lam.unsqueeze(-1))[:, 0].to(scores)
-        return aldr_loss(scores, distribution, lam, self.lam, self.alpha, self.margin)
+        lam = self._moved(scores, past[:, 0].to(scores))
+        return self.remember(step, lam.unsqueeze(-1))[:, 0].to(scores)
+
+    def _moved(self, scores: Tensor, lam: Tensor) -> Tensor:
+        return adaptive_lambda(scores, lam, self.lam, self.alpha, self.iterations)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table, if one is kept."""
+        return super().state_dict() if self.stored else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a saved table."""
+        if self.stored:
+            super().load_state_dict(state_dict)
 
 
 _CURE = "ALDRLoss(lam=1.0, alpha=2.0)"

@@ -69,8 +69,10 @@ class SymmetricCrossEntropy(LossReplacement):
 
     Note:
         Over ranks: global, being a mean over samples; nothing is communicated. Accumulation
-        changes nothing. Cost: a softmax beside that of the cross-entropy. Smoothed labels have no
-        zero, so the reverse term is small on them: use one of the two.
+        changes nothing. Cost: a softmax beside that of the cross-entropy. Mixed labels are taken as
+        they are, ``log t_c`` of their shares, so the loss of a mixture is less than the mixture of
+        losses. Smoothed labels have no zero, so the reverse term is small on them: use one of
+        the two.
 
     Example:
         >>> import lightning as L

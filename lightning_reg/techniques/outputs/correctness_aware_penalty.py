@@ -63,7 +63,8 @@ class CorrectnessAwarePenalty(LabeledOutputPenalty):
         ArgumentError: if ``strength`` is below 0, or ``balanced`` neither true nor false.
 
     Note:
-        Over ranks: global; the mean, and the shares of right and wrong rows, are those of all
+        A soft or mixed label counts as right by its share of that class. Over ranks: global; the
+        mean, and the shares of right and wrong rows, are those of all
         ranks. Under accumulation shares are those of a micro-batch. Cost: a softmax over the
         logits.
 

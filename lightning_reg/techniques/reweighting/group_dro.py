@@ -41,7 +41,8 @@ class GroupDRO(GroupReweighting):
     of group ``g``. Groups that generalize worse because they are small get
     ``C / sqrt(n_g)`` added to the loss that moves ``q`` (``adjustment``). Confirmed with the
     official code (kohpangwei/group_DRO, loss.py): ``eta`` 0.01; a group that is not in the batch
-    has the loss 0 there, too. Its greedy variant for CVaR is left out.
+    has the loss 0 there, too. With an adjustment its value has the margins in it, which change no
+    gradient; this one does not. Its greedy variant for CVaR is left out.
 
     Without strong regularization (weight decay, early stopping) a network that fits every training
     sample has no worst group, and this gains nothing: the paper's main point.
@@ -66,7 +67,8 @@ class GroupDRO(GroupReweighting):
         RegularizationError: if a group is none of ``num_groups``.
 
     Note:
-        The logged value is the effective sample size, a share of the batch. Over ranks: global;
+        The logged value is the effective sample size, a share of the batch. A sample that was mixed
+        belongs to the group of its own place in the batch. Over ranks: global;
         losses and groups of all ranks are gathered in each step, so that every rank holds the same
         ``q``, also where it has no sample of a group. Under accumulation ``q`` moves with each
         micro-batch. ``q`` is saved with the checkpoint; a batch whose loss is not finite does not

@@ -43,8 +43,8 @@ class LogitAdjustedLoss(ClassFrequencyLoss):
     ``log(1 + sum_{c != y} (pi_c / pi_y)^tau e^{z_c - z_y})``: the softmax of ``z + tau log pi``.
     The network then models ``p(x | y)`` up to a factor, so that at ``tau = 1`` the largest of the
     *unadjusted* logits is the Bayes decision for the balanced error: predict from logits as they
-    are. The formula and ``tau`` 1 are the paper's (its equation 10); not checked against code.
-    Soft labels are ours.
+    are. The formula and ``tau`` 1 are the paper's (its equation 10), and what a later paper's code
+    does (Pepper-lll/NCfeature@c681f7e, losses.py). Soft labels are ours.
 
     Args:
         strength: the share of this loss in [0, 1]; the rest stays the cross-entropy.

@@ -74,7 +74,8 @@ class WorstGroupLoss(GroupReweighting):
         RegularizationError: if a group is none of ``num_groups``.
 
     Note:
-        The logged value is the effective sample size, a share of the batch. Over ranks: global;
+        The logged value is the effective sample size, a share of the batch. A sample that was mixed
+        belongs to the group of its own place in the batch. Over ranks: global;
         losses and groups of all ranks are gathered in each step, so that all agree on the worst
         group, also those that have no sample of it (they then train on nothing in ``"worst"``).
         Under accumulation each micro-batch has its own worst group. Cost: a gather of three

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -217,6 +218,10 @@ class UDIM(NormalizedAscent):
             self._points = step.inputs.detach().clone().requires_grad_()
             # User code may write into its inputs, which it may not with a leaf.
             step.inputs = self._points.clone()
+
+    def forward_context(self, step: Step) -> AbstractContextManager[None]:
+        """The gradient by the weights is differentiated again, by the inputs."""
+        return twice_differentiable() if self._looks(step) else nullcontext()
 
     def first_gradients(
         self, step: Step, total: Tensor, weights: list[nn.Parameter]

@@ -77,6 +77,7 @@ class ElasticNet(ProximalPenalty):
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(elastic_net)
     explanation: ClassVar[str] = "L1 and L2 penalty together"
+    by_rows = True
 
     def __init__(
         self,
@@ -102,10 +103,14 @@ class ElasticNet(ProximalPenalty):
         held, ridge = list(matrices), 1 - self.l1_ratio
         values = self.l1_ratio * torch.stack(torch._foreach_norm(held, 1))
         values = values + ridge / 2 * torch.stack(torch._foreach_norm(held)).square()
-        gradients = list(torch._foreach_sign(held))
+        return values, self.gradients(matrices)
+
+    def gradients(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Both parts of the gradient."""
+        gradients = list(torch._foreach_sign(list(matrices)))
         torch._foreach_mul_(gradients, self.l1_ratio)
-        torch._foreach_add_(gradients, held, alpha=ridge)
-        return values, gradients
+        torch._foreach_add_(gradients, list(matrices), alpha=1 - self.l1_ratio)
+        return gradients
 
     def proximal_form(self, matrices: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
         """Soft-thresholded, then shrunk."""

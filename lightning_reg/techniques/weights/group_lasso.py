@@ -121,6 +121,7 @@ class GroupLasso(ProximalPenalty):
                 cure='GroupLasso(groups="rows")',
             )
         self.groups = groups
+        self.by_rows = groups == "rows"
 
     def values(self, matrices: Sequence[Tensor]) -> Tensor:
         """The penalty of each weight."""
@@ -128,11 +129,13 @@ class GroupLasso(ProximalPenalty):
 
     def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The penalty and the gradient of each weight, from one norm a group."""
-        norms = self._norms(matrices)
-        scales = self._scales(matrices)
+        norms, scales = self._norms(matrices), self._scales(matrices)
         values = torch.stack([s * n.sum() for s, n in zip(scales, norms, strict=True)])
-        pulls = [torch.where(n > 0, s / n, 0.0) for s, n in zip(scales, norms, strict=True)]
-        return values, list(torch._foreach_mul(list(matrices), pulls))
+        return values, _pulled(matrices, norms, scales)
+
+    def gradients(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of each weight."""
+        return _pulled(matrices, self._norms(matrices), self._scales(matrices))
 
     def proximal_form(self, matrices: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
         """Groups that are shorter by their step, or zero."""
@@ -152,6 +155,13 @@ class GroupLasso(ProximalPenalty):
 
     def _scales(self, matrices: Sequence[Tensor]) -> list[float]:
         return [float(m.shape[_dimension(self.groups)]) ** 0.5 for m in matrices]
+
+
+def _pulled(
+    matrices: Sequence[Tensor], norms: Sequence[Tensor], scales: Sequence[float]
+) -> list[Tensor]:
+    pulls = [torch.where(n > 0, s / n, 0.0) for s, n in zip(scales, norms, strict=True)]
+    return list(torch._foreach_mul(list(matrices), pulls))
 
 
 def _dimension(groups: Groups) -> int:

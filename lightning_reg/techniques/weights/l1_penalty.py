@@ -73,6 +73,7 @@ class L1Penalty(ProximalPenalty):
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(l1_penalty)
     explanation: ClassVar[str] = "pulls every weight to zero with the same force"
+    by_rows = True
 
     def __init__(
         self,
@@ -92,8 +93,11 @@ class L1Penalty(ProximalPenalty):
 
     def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Norms and signs."""
-        values = torch.stack(torch._foreach_norm(list(matrices), 1))
-        return values, list(torch._foreach_sign(list(matrices)))
+        return torch.stack(torch._foreach_norm(list(matrices), 1)), self.gradients(matrices)
+
+    def gradients(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Signs."""
+        return list(torch._foreach_sign(list(matrices)))
 
     def proximal_form(self, matrices: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
         """Soft-thresholded weights."""

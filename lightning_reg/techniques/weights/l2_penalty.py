@@ -70,6 +70,7 @@ class L2Penalty(ProximalPenalty):
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(l2_penalty)
     explanation: ClassVar[str] = "pulls every weight to zero in proportion to its size"
+    by_rows = True
 
     def __init__(
         self,
@@ -89,8 +90,11 @@ class L2Penalty(ProximalPenalty):
 
     def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Half the squared norms, and the weights themselves."""
-        values = torch.stack(torch._foreach_norm(list(matrices))).square() / 2
-        return values, list(matrices)
+        return torch.stack(torch._foreach_norm(list(matrices))).square() / 2, list(matrices)
+
+    def gradients(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """The weights themselves."""
+        return list(matrices)
 
     def proximal_form(self, matrices: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
         """Weights over one plus the step."""

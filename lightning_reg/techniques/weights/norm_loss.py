@@ -85,6 +85,7 @@ class NormLoss(WeightPenalty):
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(norm_loss)
     explanation: ClassVar[str] = "pulls each unit's weight vector to norm 1"
+    by_rows = True
 
     def __init__(
         self,
@@ -104,7 +105,19 @@ class NormLoss(WeightPenalty):
 
     def closed_form(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The penalty and the gradient of each weight, from one norm a row."""
-        norms = [torch.linalg.vector_norm(m, dim=1, keepdim=True) for m in matrices]
+        norms = _norms(matrices)
         values = torch.stack([(1 - norm).square().sum() for norm in norms])
-        pulls = [torch.where(norm > 0, 2 - 2 / norm, 0.0) for norm in norms]
-        return values, list(torch._foreach_mul(list(matrices), pulls))
+        return values, _pulled(matrices, norms)
+
+    def gradients(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of each weight."""
+        return _pulled(matrices, _norms(matrices))
+
+
+def _norms(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.linalg.vector_norm(m, dim=1, keepdim=True) for m in matrices]
+
+
+def _pulled(matrices: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Tensor]:
+    pulls = [torch.where(norm > 0, 2 - 2 / norm, 0.0) for norm in norms]
+    return list(torch._foreach_mul(list(matrices), pulls))

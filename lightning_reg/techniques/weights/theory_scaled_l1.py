@@ -102,6 +102,7 @@ class TheoryScaledL1(ProximalPenalty):
     )
     function: ClassVar[Callable[..., Any] | None] = staticmethod(theory_scaled_l1)
     explanation: ClassVar[str] = "a lasso of the strength that theory asks for"
+    by_rows = True
 
     def __init__(
         self,
@@ -168,9 +169,13 @@ class TheoryScaledL1(ProximalPenalty):
         """Norms and signs, times the rates."""
         rates = [self.rate(m.shape[1]) for m in matrices]
         norms = torch._foreach_mul(torch._foreach_norm(list(matrices), 1), rates)
+        return torch.stack(norms), self.gradients(matrices)
+
+    def gradients(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Signs, times the rates."""
         signs = list(torch._foreach_sign(list(matrices)))
-        torch._foreach_mul_(signs, rates)
-        return torch.stack(norms), signs
+        torch._foreach_mul_(signs, [self.rate(m.shape[1]) for m in matrices])
+        return signs
 
     def proximal_form(self, matrices: Sequence[Tensor], steps: Sequence[float]) -> list[Tensor]:
         """Soft-thresholded weights."""

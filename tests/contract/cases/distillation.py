@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_reg.mechanisms.distillation import Distillation
+from lightning_reg.mechanisms.given_teacher import GivenTeacher
 from lightning_reg.techniques.distillation.class_relation_distillation import (
     class_relation_distillation,
 )
@@ -27,12 +27,12 @@ class TrainedTeacher(Callback):
 
     def setup(self, trainer, pl_module, stage):
         for callback in trainer.callbacks:
-            if isinstance(callback, Distillation):
-                weights = {k: _moved(v) for k, v in pl_module.state_dict().items()}
+            if isinstance(callback, GivenTeacher):
+                weights = {k: moved(v) for k, v in pl_module.state_dict().items()}
                 callback.load_state_dict({"teacher": weights, "taken_at": 0})
 
 
-def _moved(weight):
+def moved(weight):
     shift = torch.arange(weight.numel()).view(weight.shape).sin()
     return weight + 0.3 * shift if weight.is_floating_point() else weight.clone()
 

@@ -49,6 +49,7 @@ CASES = {
         bad=[
             {"lam": 0.0},
             {"alpha": 1.0},
+            {"iterations": 0},
             {"margin": -1.0},
             {"normalization": "l2"},
             {"num_samples": 0},
@@ -58,6 +59,6 @@ CASES = {
         gradcheck=lambda: _function(
             aldr_loss, torch.linspace(0.5, 1.0, 5, dtype=torch.float64), 1.0, 2.0, 1.0
         ),
-        logs=("reg/aldr_loss",),
+        logs=("reg/aldr_loss", "reg/aldr_loss_lambda"),
     ),
 }

@@ -136,6 +136,20 @@ def test_ranking_ignores_a_common_shift_and_the_names_of_classes():
     torch.testing.assert_close(shuffled, loss)
 
 
+def test_ranking_is_convex_in_the_students_logits():
+    """The paper's claim, which pairs of choices in another order do not change."""
+    for row in range(3):
+        args = TEACHER[row : row + 1], TRUE[row : row + 1]
+        hessian = torch.autograd.functional.hessian(
+            lambda s, args=args: plackett_luce_distillation(s[None], *args).sum(),
+            3 * STUDENT[row],
+        )
+        values = torch.linalg.eigvalsh(hessian)
+        # A common shift changes nothing: one eigenvalue is 0.
+        assert abs(values[0]) < 1e-12
+        assert values[1] > 1e-6
+
+
 def test_detached_gate_has_no_gradient_where_both_agree():
     student = TEACHER.clone().requires_grad_()
     losses, gate = class_relation_distillation(student, TEACHER, 2, 0.7)

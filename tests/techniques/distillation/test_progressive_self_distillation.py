@@ -35,6 +35,19 @@ def train(callbacks, epochs=3, data=None, module=None, **settings):
 # ---------------------------------------------------------------------- the function
 
 
+def test_official_value_and_gradient():
+    """lgcnsai/PS-KD-Pytorch@9aa0828, main.py and loss/pskd_loss.py, epoch 2 of 5, alpha_T 0.8."""
+    places = torch.arange(12, dtype=torch.float64).view(3, 4)
+    z, past = torch.sin(1.3 * places).requires_grad_(), torch.sin(0.7 * places).softmax(1)
+    labels = F.one_hot(torch.tensor([0, 3, 1]), 4).double()
+    targets = progressive_self_distillation(labels, past, 0.8 * 3 / 5)
+    loss = F.cross_entropy(z, targets)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss.item() == pytest.approx(1.7289513978263484, rel=1e-12)
+    expected = [-0.05327760883120711, 0.03304564738318287, 0.13440812588452, -0.11417616443649674]
+    torch.testing.assert_close(gradient[1], torch.tensor(expected, dtype=torch.float64))
+
+
 def test_gradient_is_prediction_less_softened_label():
     z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     labels, past = F.one_hot(torch.arange(5) % 4, 4).double(), torch.rand(5, 4).double().softmax(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_reg.engine import ArgumentError, ConflictError, Signals
-from lightning_reg.engine.schedule import ClosedLoop
+from lightning_reg.engine.closed_loop import ClosedLoop
 from lightning_reg.techniques.inputs.cutmix import CutMix
 from lightning_reg.techniques.inputs.cutout import Cutout
 from lightning_reg.techniques.inputs.mix_switch import MixSwitch

@@ -36,22 +36,24 @@ def test_value_and_gradient_are_those_of_the_official_code():
 
 
 def test_the_first_term_measures_from_the_least_logit():
-    value = acls(LOGITS, margin=1.0, negative=0.0)
+    value = acls(LOGITS, margin=1.0, negative=0.0, reference="minimum")
     expected = torch.tensor([(4 + 3 - 1) ** 2, (2.5 + 2.2 - 1) ** 2, 0.0], dtype=torch.float64)
     torch.testing.assert_close(value, expected)
 
 
-def test_a_shift_of_the_logits_changes_nothing():
+def test_a_shift_of_the_logits_changes_nothing_from_the_least_one():
     shifted = LOGITS + 7.0
-    torch.testing.assert_close(acls(shifted, 1.0), acls(LOGITS, 1.0))
-    torch.testing.assert_close(gradient(shifted, margin=1.0), gradient(LOGITS, margin=1.0))
+    least = {"margin": 1.0, "reference": "minimum"}
+    torch.testing.assert_close(acls(shifted, **least), acls(LOGITS, **least))
+    torch.testing.assert_close(gradient(shifted, **least), gradient(LOGITS, **least))
     with_zero = acls(shifted, 1.0, reference="zero"), acls(LOGITS, 1.0, reference="zero")
     assert (with_zero[0] - with_zero[1]).abs().max() > 1
 
 
 def test_inside_the_margin_nothing_is_penalized():
-    assert acls(LOGITS, margin=7.0).abs().max() == 0
-    assert gradient(LOGITS, margin=7.0).abs().max() == 0
+    for reference in ("zero", "minimum"):
+        assert acls(LOGITS, margin=7.0, reference=reference).abs().max() == 0
+        assert gradient(LOGITS, margin=7.0, reference=reference).abs().max() == 0
 
 
 def test_the_largest_logit_is_pushed_down_and_the_others_up():
@@ -75,7 +77,10 @@ def test_the_gap_of_a_certain_label_ends_where_both_gradients_cancel():
     optimizer = torch.optim.SGD([logits], 1.0)
     for _ in range(800):
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits, torch.tensor([0])) + alpha * acls(logits, margin).mean()
+        loss = (
+            F.cross_entropy(logits, torch.tensor([0]))
+            + alpha * acls(logits, margin, reference="minimum").mean()
+        )
         loss.backward()
         optimizer.step()
     low, high = 0.0, 50.0

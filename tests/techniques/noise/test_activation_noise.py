@@ -210,6 +210,19 @@ def test_truncated_accuracy_is_that_of_the_truncated_head():
         assert found[k - 1] == (head(cut).argmax(1) == targets).sum()
 
 
+def test_truncated_accuracy_of_two_networks_is_that_of_their_summed_logits():
+    heads = [nn.Linear(6, 3), nn.Linear(6, 3)]
+    features = list(torch.randn(2, 50, 6, generator=_generator()))
+    targets = torch.randint(0, 3, (50,), generator=_generator(1))
+    found = truncation_accuracy(features, targets, heads)
+    for k in range(1, 7):
+        cuts = [nested_dropout(part, torch.tensor(k)) for part in features]
+        said = (heads[0](cuts[0]) + heads[1](cuts[1])).argmax(1)
+        assert found[k - 1] == (said == targets).sum()
+    technique = NestedDropout(layer="net.2")
+    assert technique.select_length([(features, targets)], heads) == int(found.argmax()) + 1
+
+
 def test_best_length_cuts_validation_test_and_prediction_and_is_saved(tmp_path):
     technique = NestedDropout(layer="net.2")
     # Noise behind the third unit, which decides alone.

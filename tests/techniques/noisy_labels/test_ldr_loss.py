@@ -1,5 +1,6 @@
 """Its limits are known losses; values and gradients are those of the official code."""
 
+import itertools
 import math
 
 import numpy as np
@@ -100,6 +101,18 @@ def test_adaptive_lambda_settles_where_the_loss_is_largest_over_lambda():
         assert (aldr_loss(SCORES, ONE_HOT, lam + shift, 1.0, 2.0, 0.0) < here).all()
 
 
+def test_iterates_fall_from_lambda_0_to_the_largest_stationary_point():
+    lam = torch.full((3,), 1.5, dtype=torch.float64)
+    one = adaptive_lambda(SCORES, lam, 1.5, 1.2)
+    many = [adaptive_lambda(SCORES, lam, 1.5, 1.2, n) for n in (1, 2, 5, 200)]
+    torch.testing.assert_close(many[1], adaptive_lambda(SCORES, one, 1.5, 1.2))
+    assert all((later < sooner).all() for sooner, later in itertools.pairwise([lam, *many]))
+    # No other point above it is stationary: between it and lambda_0 the loss only falls.
+    grid = many[-1] + (lam - many[-1]) * torch.linspace(0, 1, 50, dtype=torch.float64)[:, None]
+    losses = torch.stack([aldr_loss(SCORES, ONE_HOT, at, 1.5, 1.2, 0.0) for at in grid])
+    assert (losses.diff(dim=0) < 0).all()
+
+
 # ---------------------------------------------------------------------- the official code
 # Optimization-AI/ICML2023_LDR@732fc85 loss.py, run in float32 on SCORES and TARGETS.
 
@@ -116,11 +129,20 @@ OFFICIAL_ALDR = (
     (0.83552527, [0.81404430, 0.87337446, 0.82188261], [0.10866066, -0.03602672, 0.08794358]),
 )
 
+# ALDRLoss_V1(threshold=0.1, Lambda=10.0, alpha=2.0, softplus=True), as for CIFAR-100.
+OFFICIAL_SOFTPLUS = (
+    (-0.17978930, [9.98875523, 9.99946785, 9.99181843], [0.09677295, 0.01517601, 0.08146837]),
+    (-0.17978942, [9.98872948, 9.99946785, 9.99180508], [0.09677293, 0.01517601, 0.08146837]),
+)
+
 
 class Step:
     """As much of a step as the losses need."""
 
     is_rerun = False
+
+    def log(self, *args, **kwargs):
+        pass
 
 
 def test_equals_the_official_ldr():
@@ -130,9 +152,16 @@ def test_equals_the_official_ldr():
     np.testing.assert_allclose(grad.numpy(), OFFICIAL_LDR[1], atol=1e-6)
 
 
-def test_equals_the_official_aldr_over_two_visits(monkeypatch):
-    technique = ALDRLoss(lam=1.0, alpha=2.0, margin=1.0)
-    table = torch.ones(3, 1)
+@pytest.mark.parametrize(
+    ("settings", "official"),
+    [
+        ({"lam": 1.0, "alpha": 2.0, "margin": 1.0}, OFFICIAL_ALDR),
+        ({"lam": 10.0, "margin": 0.1, "normalization": "softplus"}, OFFICIAL_SOFTPLUS),
+    ],
+)
+def test_equals_the_official_aldr_over_two_visits(monkeypatch, settings, official):
+    technique = ALDRLoss(**settings)
+    table = torch.full((3, 1), technique.lam)
 
     def remember(step, rows):
         table.copy_(rows)
@@ -140,7 +169,7 @@ def test_equals_the_official_aldr_over_two_visits(monkeypatch):
 
     monkeypatch.setattr(technique, "recall", lambda step, width: table.clone())
     monkeypatch.setattr(technique, "remember", remember)
-    for expected, lam, row in OFFICIAL_ALDR:
+    for expected, lam, row in official:
         value, grad = gradient(lambda s: technique.losses(Step(), s, ONE_HOT).mean())
         # The official code adds 1e-5 to probabilities, which moves lambda by about 1e-4.
         assert value == pytest.approx(expected, abs=2e-4)
@@ -177,6 +206,21 @@ def test_every_visit_moves_the_lambda_of_a_sample_once():
     torch.testing.assert_close(table, lam)
 
 
+def test_without_a_table_every_step_starts_from_lambda_0():
+    technique, module = ALDRLoss(alpha=2.0, iterations=4, stored=False), Host(lr=0.1)
+    run = trainer([technique], max_epochs=1)
+    plain = DataLoader(TensorDataset(INPUTS[:16], LABELS[:16]), batch_size=16)
+    run.fit(module, plain)
+    scores = Host()(INPUTS[:16]).detach()
+    scores = scores / scores.abs().mean(1, keepdim=True)
+    lam = adaptive_lambda(scores, torch.ones(16), 1.0, 2.0, 4)
+    logged = run.callback_metrics
+    assert logged["reg/aldr_loss_lambda"].item() == pytest.approx(lam.mean().item(), abs=1e-6)
+    expected = aldr_loss(scores, F.one_hot(LABELS[:16], 4).float(), lam).mean()
+    assert logged["reg/aldr_loss"].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert technique.state_dict() == {}
+
+
 def test_a_second_pass_does_not_move_lambda_again():
     _, alone = train(ALDRLoss(), lr=0.0)
     _, beside = train(ALDRLoss(), lr=0.0, others=[Ascent(0.05)])
@@ -191,7 +235,9 @@ def test_aldr_needs_one_label_a_sample():
             loss = F.cross_entropy(logits.transpose(1, 2), labels)
             return {"loss": loss, "logits": logits, "targets": labels}
 
-    with pytest.raises(RegularizationError, match=r"ALDRLoss.*32 terms for 16 samples.*LDRLoss"):
+    with pytest.raises(
+        RegularizationError, match=r"ALDRLoss.*32 terms for 16 samples.*stored=False"
+    ):
         trainer([ALDRLoss()], max_epochs=1).fit(Tagger(), indexed())
 
 

@@ -38,6 +38,20 @@ def test_official_value_and_gradient_of_the_generalized_loss():
     assert gradient == pytest.approx(official, rel=1e-5)
 
 
+def test_official_value_and_gradient_of_the_truncated_loss():
+    # Optimization-AI/ICML2023_LDR@732fc85, loss.py, GCELoss(q=0.7, k=0.5), in float32.
+    scores = torch.tensor(
+        [[1.0, -2.0, 0.5, 3.0], [0.2, 0.1, -0.3, 0.4], [-1.0, 2.5, 0.0, 1.5]], requires_grad=True
+    )
+    labels = F.one_hot(torch.tensor([3, 0, 2]), 4).float()
+    value = generalized_cross_entropy(scores, labels, 0.7, 0.5).mean()
+    (gradient,) = torch.autograd.grad(value, scores)
+    assert value.item() == pytest.approx(0.42898455, abs=1e-6)
+    official = [0.03198643, 0.00159251, 0.01940075, -0.05297969]
+    assert gradient[0].tolist() == pytest.approx(official, abs=1e-6)
+    assert gradient[1:].eq(0).all()
+
+
 def test_generalized_loss_goes_from_the_cross_entropy_to_the_absolute_error():
     torch.testing.assert_close(
         generalized_cross_entropy(SCORES, LABELS, 1e-6),

@@ -68,6 +68,37 @@ def test_group_weights_follow_the_closed_form():
     torch.testing.assert_close(q, expected / expected.sum())
 
 
+@pytest.mark.parametrize(
+    ("adjustment", "weights", "gradient"),
+    [
+        (
+            0.0,
+            [0.44468802213668823, 0.40060165524482727, 0.15471027791500092],
+            [-0.04056122899055481, -0.18942660093307495, 0.03653997927904129, -0.16376085579395294],
+        ),
+        (
+            3.0,
+            [0.2550104260444641, 0.4551701247692108, 0.2898193895816803],
+            [-0.0232602097094059, -0.10862842202186584, 0.04151731729507446, -0.18606774508953094],
+        ),
+    ],
+)
+def test_official_group_weights_and_gradient(adjustment, weights, gradient):
+    # kohpangwei/group_DRO@cbbc1c5, loss.py, LossComputer with step_size 0.5 and group counts 90, 9
+    # and 4, after two batches without a sample of the third group. Its value has the margins in
+    # it, which are added in place; they have no gradient.
+    logits = torch.tensor([[1.0, -0.5], [0.25, 2.0], [0.0, 1.5], [-1.0, 0.5]], requires_grad=True)
+    losses = F.cross_entropy(logits, torch.tensor([0, 0, 1, 0]), reduction="none")
+    means = torch.cat([losses[:2].mean().view(1), losses[2:].mean().view(1), torch.zeros(1)])
+    margins = adjustment / torch.tensor([90.0, 9.0, 4.0]).sqrt()
+    q = torch.full((3,), 1 / 3)
+    for _ in range(2):
+        q = group_dro(q, means.detach() + margins, 0.5)
+    assert q.tolist() == pytest.approx(weights, rel=1e-5)
+    (found,) = torch.autograd.grad(q @ means, logits)
+    assert found[:, 0].tolist() == pytest.approx(gradient, rel=1e-5)
+
+
 def test_group_weights_survive_losses_that_overflow_an_exponential():
     q = group_dro(torch.tensor([0.5, 0.5]), torch.tensor([1e4, 1.0]), 1.0)
     assert q.tolist() == [1.0, 0.0]

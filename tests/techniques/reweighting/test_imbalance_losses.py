@@ -33,6 +33,27 @@ def test_official_value_and_gradient_of_the_margin_loss():
     assert gradient[0].tolist() == pytest.approx(official, rel=1e-4)
 
 
+def test_official_class_weights():
+    # richardaecn/class-balanced-loss@1d7857d, src/cifar_main.py, the weights at beta 0.99; those
+    # of kaidic/LDAM-DRW@2536330, cifar_train.py, are the same lines.
+    official = [0.1273449706915052, 0.3101525498549749, 0.844324878701944, 2.718177600751576]
+    assert effective_number_weights(COUNTS, 0.99).tolist() == pytest.approx(official, rel=1e-9)
+
+
+def test_logit_adjustment_adds_the_prior_to_the_power_of_tau():
+    # Pepper-lll/NCfeature@c681f7e, losses.py, adds log(pi^tau + 1e-12); here by hand, in odds.
+    odds = SCORES.exp() * (COUNTS / 143) ** 0.5
+    expected = -(odds / odds.sum(1, keepdim=True))[torch.arange(3), TRUE].log()
+    torch.testing.assert_close(logit_adjusted_loss(SCORES, LABELS, COUNTS, 0.5), expected)
+
+
+def test_focal_class_balance_by_hand():
+    p = SCORES.softmax(1)[torch.arange(3), TRUE]
+    weights = torch.tensor([0.2, 0.5, 1.3, 2.0], dtype=torch.float64)
+    expected = -weights[TRUE] * (1 - p) ** 1.5 * p.log()
+    torch.testing.assert_close(class_balanced_loss(SCORES, LABELS, weights, 1.5), expected)
+
+
 def test_effective_numbers_are_those_of_the_geometric_sum():
     counts = torch.tensor([3.0, 7.0, 1.0], dtype=torch.float64)
     effective = torch.tensor([sum(0.9**i for i in range(int(n))) for n in counts])

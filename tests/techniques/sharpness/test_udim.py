@@ -182,6 +182,26 @@ def test_moments_are_those_of_all_ranks(ranks):
     torch.testing.assert_close(one, weights(alone), rtol=0, atol=1e-6)
 
 
+class Attentive(Headed):
+    """Attention, whose fast kernels have no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(4, 2, batch_first=True).double()
+
+    def forward(self, x):
+        tokens = x.double().view(-1, 2, 4)
+        mixed, _ = self.mix(tokens, tokens, tokens, need_weights=False)
+        return super().forward(mixed.flatten(1))
+
+
+def test_attention_is_differentiated_twice():
+    module, _ = fit([UDIM(0.2, layer="features", start=0.0)], module=Attentive(), max_epochs=1)
+    sam, _ = fit([SAM(0.2)], module=Attentive(), max_epochs=1)
+    assert torch.isfinite(weights(module)).all()
+    assert not torch.equal(module.mix.in_proj_weight, sam.mix.in_proj_weight)
+
+
 def test_refusals():
     with pytest.raises(UnsupportedError, match="UDIM: compares the gradients of samples"):
         fit([UDIM(layer="features", start=0.0), Mixup(1.0)], Headed())

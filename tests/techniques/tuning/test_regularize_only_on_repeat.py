@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_reg.engine import Communicator, IndexedDataset
-from lightning_reg.engine.schedule import ClosedLoop, LinearSchedule
+from lightning_reg.engine.closed_loop import ClosedLoop
+from lightning_reg.engine.schedule import LinearSchedule
 from lightning_reg.mechanisms.seen_samples import SeenSamples
 from lightning_reg.techniques.tuning.regularize_only_on_repeat import (
     RegularizeOnlyOnRepeat,

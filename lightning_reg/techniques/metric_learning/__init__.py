@@ -1,0 +1,1 @@
+"""Embeddings in which the samples of a class lie together and classes apart."""
