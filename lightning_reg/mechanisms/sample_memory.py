@@ -155,17 +155,20 @@ class SampleMemoryRegularizer(Regularizer):
             self._recalled[step] = memory.read(self._index(step))
         return self._recalled[step]
 
-    def remember(self, step: Step, rows: Tensor) -> Tensor:
-        """Write rows (B, width) for this micro-batch; returns what the table holds now.
+    def remember(self, step: Step, rows: Tensor) -> None:
+        """Write rows (B, width) for this micro-batch.
 
         A sample that a DistributedSampler repeated is not written, nor is anything in a second
-        pass; what comes back are then the rows that were there.
+        pass.
         """
         memory = self.memory.of(rows.shape[1]).to(step.device)
-        index = self._index(step)
         if not step.is_rerun:
-            memory.write(index, rows, mask=step.padding, comm=step.comm)
-        return memory.read(index)
+            memory.write(self._index(step), rows, mask=step.padding, comm=step.comm)
+
+    def remembered(self, step: Step, rows: Tensor) -> Tensor:
+        """:meth:`remember`; returns what the table holds then, where nothing was written too."""
+        self.remember(step, rows)
+        return self.memory.of(rows.shape[1]).read(self._index(step))
 
     def active(self, context: Step | ParameterUpdate) -> bool:
         """A constant strength of 0 turns it off; a Schedule that passes 0 does not."""

@@ -149,5 +149,5 @@ class EarlyLearning(SampleMemoryRegularizer):
                 cure="EarlyLearning(3.0) without Mixup, CutMix or MixSwitch",
             )
         past = self.recall(step, logits.shape[1]).to(logits)
-        targets = self.remember(step, _moving_average(past, logits, self.beta))
+        targets = self.remembered(step, _moving_average(past, logits, self.beta))
         return JointMean.of(early_learning(logits, targets.to(logits)))

@@ -318,7 +318,7 @@ class ALDRLoss(LossReplacement, SampleMemoryRegularizer):
                 cure="ALDRLoss(stored=False, iterations=10)",
             )
         lam = self._moved(scores, past[:, 0].to(scores))
-        return self.remember(step, lam.unsqueeze(-1))[:, 0].to(scores)
+        return self.remembered(step, lam.unsqueeze(-1))[:, 0].to(scores)
 
     def _moved(self, scores: Tensor, lam: Tensor) -> Tensor:
         return adaptive_lambda(scores, lam, self.lam, self.alpha, self.iterations)

@@ -180,7 +180,7 @@ class AdaWAC(SampleMemoryRegularizer):
         supervised = losses.new_zeros(len(past)).index_add(0, samples, losses) / ones.clamp_min(1)
         inside = step.strength(self) * consistency
         moved = ada_wac_log_odds(past, supervised, inside, self.step_size)
-        log_odds = self.remember(step, moved.unsqueeze(1))[:, 0].to(losses)
+        log_odds = self.remembered(step, moved.unsqueeze(1))[:, 0].to(losses)
         step.kept[self.name] = log_odds
         weights = log_odds.sigmoid()
         if not step.is_rerun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,19 +61,29 @@ def look_sam_gradient(
     Returns:
         One tensor a weight.
     """
-    gradients, direction = list(gradients), list(direction)
+    units = _units(direction, alpha, per_tensor)
+    return list(torch._foreach_add(list(gradients), _to_length(units, gradients, per_tensor)))
+
+
+def _units(direction: Sequence[Tensor], alpha: float, per_tensor: bool) -> list[Tensor]:
+    """The direction at length ``alpha``, of each tensor or of all together."""
+    direction = list(direction)
     if per_tensor:
-        sizes = torch._foreach_norm(direction)
-        factors = torch._foreach_div(torch._foreach_norm(gradients), _shifted(sizes))
-        scaled = torch._foreach_mul(direction, factors)  # type: ignore[arg-type]
+        sizes = torch._foreach_add(torch._foreach_norm(direction), _EPSILON)
+        units = torch._foreach_div(direction, list(sizes))
     else:
-        factor = joint_norm(gradients) / (joint_norm(direction) + _EPSILON)
-        scaled = torch._foreach_mul(direction, [factor] * len(direction))
-    return list(torch._foreach_add(gradients, scaled, alpha=alpha))
+        size = joint_norm(direction) + _EPSILON
+        units = torch._foreach_div(direction, [size] * len(direction))
+    return list(torch._foreach_mul(units, alpha))
 
 
-def _shifted(sizes: Sequence[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_add(list(sizes), _EPSILON))
+def _to_length(
+    units: Sequence[Tensor], gradients: Sequence[Tensor], per_tensor: bool
+) -> list[Tensor]:
+    """The units times the length of the gradient."""
+    if per_tensor:
+        return list(torch._foreach_mul(list(units), list(torch._foreach_norm(list(gradients)))))
+    return list(torch._foreach_mul(list(units), [joint_norm(gradients)] * len(units)))
 
 
 class LookSAM(NormalizedAscent):
@@ -164,6 +174,7 @@ class LookSAM(NormalizedAscent):
         self.alpha = alpha
         self.per_tensor = per_tensor
         self._direction: dict[str, Tensor] = {}
+        self._units: dict[str, Tensor] | None = None  # of the direction, until it changes
 
     @property
     def keeps_clean(self) -> bool:
@@ -182,9 +193,16 @@ class LookSAM(NormalizedAscent):
         used = {name: p for name, p in named.items() if name in self._direction}
         gradients = [p.grad for p in used.values() if p.grad is not None]
         if gradients:
-            direction = [self._direction[n].to(p) for n, p in used.items()]
-            new = look_sam_gradient(gradients, direction, self.alpha, per_tensor=self.per_tensor)
-            torch._foreach_copy_(gradients, new)
+            units = list(self._units_of(used).values())
+            torch._foreach_add_(gradients, _to_length(units, gradients, self.per_tensor))
+
+    def _units_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The direction at length ``alpha``, which stays the same until the next one is found."""
+        if self._units is None or self._units.keys() != weights.keys():
+            direction = [self._direction[n].to(w) for n, w in weights.items()]
+            units = _units(direction, self.alpha, self.per_tensor)
+            self._units = dict(zip(weights, units, strict=True))
+        return self._units
 
     def _look(self, update: ParameterUpdate, named: dict[str, Any]) -> None:
         clean = self.take_kept(update)
@@ -203,6 +221,7 @@ class LookSAM(NormalizedAscent):
             old = self._direction.get(name)
             before = torch.zeros_like(tensor) if old is None else old.to(tensor)
             self._direction[name] = torch.where(good, tensor, before)
+        self._units = None
 
     def state_dict(self) -> dict[str, Any]:
         """The direction."""
@@ -211,6 +230,7 @@ class LookSAM(NormalizedAscent):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a saved direction."""
         self._direction = dict(state_dict["direction"])
+        self._units = None
 
 
 __all__ = ["LookSAM", "look_sam_direction", "look_sam_gradient"]

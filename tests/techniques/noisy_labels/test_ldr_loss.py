@@ -168,7 +168,7 @@ def test_equals_the_official_aldr_over_two_visits(monkeypatch, settings, officia
         return rows
 
     monkeypatch.setattr(technique, "recall", lambda step, width: table.clone())
-    monkeypatch.setattr(technique, "remember", remember)
+    monkeypatch.setattr(technique, "remembered", remember)
     for expected, lam, row in official:
         value, grad = gradient(lambda s: technique.losses(Step(), s, ONE_HOT).mean())
         # The official code adds 1e-5 to probabilities, which moves lambda by about 1e-4.
