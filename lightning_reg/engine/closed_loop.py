@@ -9,6 +9,7 @@ import torch
 
 from lightning_reg.engine.errors import ArgumentError, RegularizationError, check_range
 from lightning_reg.engine.schedule import Schedule
+from lightning_reg.engine.stages import fitting
 
 
 class ClosedLoop(Schedule):
@@ -126,8 +127,8 @@ class ClosedLoop(Schedule):
 
         A schedule that several techniques share moves once per validation, and only in a fit.
         """
-        in_fit = getattr(trainer.state.fn, "value", None) == "fit"
-        if not in_fit or trainer.sanity_checking or trainer.global_step == self._seen_at:
+        seen = trainer.global_step == self._seen_at
+        if seen or trainer.sanity_checking or not fitting(trainer):
             return
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"

@@ -25,6 +25,7 @@ from lightning_reg.engine import RegularizationError, Regularizer
 from lightning_reg.engine.communicator import Communicator
 from lightning_reg.engine.criterion import as_distribution, belong, flatten
 from lightning_reg.engine.observe import held_out_steps, validation_loaders
+from lightning_reg.engine.stages import fitting
 from lightning_reg.engine.step import Step
 
 
@@ -48,9 +49,7 @@ class HeldOutFeedback(Regularizer):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at held-out predictions, if this validation belongs to a fit."""
         super().on_validation_end(trainer, pl_module)
-        # By name, since there are two import names of Lightning.
-        fitting = getattr(trainer.state.fn, "value", None) == "fit"
-        if not fitting or trainer.sanity_checking:
+        if not fitting(trainer) or trainer.sanity_checking:
             return
         loader = validation_loaders(trainer)[0] if self.dataloader is None else self.dataloader
         steps = held_out_steps(self, trainer, pl_module, loader)

@@ -8,19 +8,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_reg.engine.errors import ArgumentError, RegularizationError
-from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.signals import Signals
+from lightning_reg.engine.stages import fitting
 from lightning_reg.engine.step import Step
 from lightning_reg.metrics.additive import join_states
 from lightning_reg.metrics.exact import ExactMetric
 from lightning_reg.monitors.feed import StepFeed, _Run
 from lightning_reg.monitors.figures import Drawing, have_matplotlib, write_figure
+from lightning_reg.monitors.joint_log import log_joint
+from lightning_reg.monitors.predictions import counted_rows
 from lightning_reg.monitors.record import Entry, Record, states_of, with_states
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ class Monitor(Callback):
         if self._feed is None:
             return
         step = self._feed.end_batch(outputs, batch, batch_idx)
-        counted = _counted(step, self._loaders[dataloader_idx])
+        counted = counted_rows(step, self._loaders[dataloader_idx])
         self.observe(self._metrics[dataloader_idx], step, counted)
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule, stage: Stage) -> None:
@@ -310,32 +311,29 @@ class Monitor(Callback):
             self.record.keep(tag, states_of(metrics), int(trainer.global_step))
             if not values:
                 continue
-            # On the CPU in one transfer, in the precision in which they were computed.
-            numbers = torch.stack([v.detach().double().cpu() for v in values.values()]).tolist()
-            for (name, value), number in zip(values.items(), numbers, strict=True):
+            for name, value in values.items():
                 key = self._key(stage, name) + tag[len(stage) :]
-                self.results[key] = number
+                self.results[key] = float(value)
                 log_joint(module, key, value)
-            if stage == "val" and _fitting(trainer):
+            if stage == "val" and fitting(trainer):
                 position = {"epoch": trainer.current_epoch, "step": int(trainer.global_step)}
-                own = dict(zip(values, numbers, strict=True))
+                own = {name: float(value) for name, value in values.items()}
                 self.record.remember(tag, {**position, **own, **self.entry(trainer)})
 
     def _join(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Bring the states of all monitors together, when the first of them reports."""
         callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        monitors = [c for c in callbacks if isinstance(c, Monitor) and c._feed is not None]
-        waiting = [m for m in monitors if not m._finished]
         counted: list[ExactMetric] = []
-        for monitor in waiting:
-            monitor._finished = True
-            counted += monitor.finish(trainer, module)
+        for monitor in callbacks:
+            if isinstance(monitor, Monitor) and monitor._feed is not None and not monitor._finished:
+                monitor._finished = True
+                counted += monitor.finish(trainer, module)
         join_states(counted)
 
     def _draw(self, trainer: pl.Trainer, stage: Stage) -> None:
         if self._feed is None or trainer.sanity_checking:
             return
-        if _fitting(trainer) and trainer.current_epoch % self.every_n_epochs:
+        if fitting(trainer) and trainer.current_epoch % self.every_n_epochs:
             return
         for index in self._metrics:
             tag = self._tag(stage, index)
@@ -397,31 +395,4 @@ class Monitor(Callback):
         return {**self.__dict__, "_feed": None, "_loaders": []}
 
 
-def log_joint(module: pl.LightningModule, key: str, value: Tensor) -> None:
-    """Log a number that all ranks hold already, without a collective."""
-    # With `rank_zero_only` Lightning reduces nothing and does not ask for it either; each rank
-    # keeps what it has, so that every callback finds the number.
-    module.log(
-        key,
-        value.float(),
-        batch_size=1,
-        sync_dist=True,
-        rank_zero_only=True,
-        reduce_fx="max",
-        add_dataloader_idx=False,
-    )
-
-
-def _counted(step: Step, loader: Any) -> Tensor | None:
-    """False for samples that a DistributedSampler repeats; ``None`` if all count."""
-    logits = step.logits
-    repeated = padding_mask(loader, step.batch_idx, len(logits), logits.device)
-    return None if repeated is None else ~repeated
-
-
-def _fitting(trainer: pl.Trainer) -> bool:
-    """Whether this validation belongs to a fit; by name, since there are two import names."""
-    return getattr(trainer.state.fn, "value", None) == "fit"
-
-
-__all__ = ["STAGES", "Monitor", "Stage", "_Run", "log_joint"]
+__all__ = ["STAGES", "Monitor", "Stage", "_Run"]

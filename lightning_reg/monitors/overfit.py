@@ -13,8 +13,8 @@ from lightning_reg.engine.criterion import as_distribution, mixed
 from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.observe import StepWatcher
 from lightning_reg.engine.regularizer import Regularizer
-from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.signals import Signals
+from lightning_reg.engine.stages import fitting
 from lightning_reg.engine.step import Step
 from lightning_reg.metrics.calibration_suite import CalibrationSuite
 from lightning_reg.metrics.entropy import PredictiveEntropy
@@ -25,7 +25,7 @@ from lightning_reg.monitors.drawings import Curve, curves_drawing
 from lightning_reg.monitors.feed import StepFeed
 from lightning_reg.monitors.figures import Drawing
 from lightning_reg.monitors.monitor import Monitor, Stage
-from lightning_reg.monitors.predictions import predictions_of
+from lightning_reg.monitors.predictions import counted_rows, predictions_of
 from lightning_reg.monitors.record import Entry, joined, states_of, update_all, with_states
 from lightning_reg.monitors.train_subset import TrainSubset
 
@@ -168,8 +168,7 @@ class OverfitMonitor(Monitor, StepWatcher):
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[ExactMetric]:
         """Measure the training side, if that is when."""
-        in_fit = getattr(trainer.state.fn, "value", None) == "fit"
-        if self.train_data is not None and in_fit:
+        if self.train_data is not None and fitting(trainer):
             for step, counted in TrainSubset(self, self.train_data).steps(trainer, module):
                 self.observe(self._train, step, counted)
         return [*super().finish(trainer, module), *self._train.values()]
@@ -239,10 +238,7 @@ class OverfitMonitor(Monitor, StepWatcher):
             metric.reset()
 
     def _watched(self, step: Step) -> None:
-        size, device = len(step.logits), step.logits.device
-        loader = step.trainer.train_dataloader
-        repeated = padding_mask(loader, step.batch_idx, size, device)
-        self.observe(self._train, step, None if repeated is None else ~repeated)
+        self.observe(self._train, step, counted_rows(step, step.trainer.train_dataloader))
 
     def _stop(self) -> None:
         if self._training is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lightning_reg.engine.sampler import padding_mask
 from lightning_reg.engine.step import Step
 
 
@@ -29,3 +32,10 @@ def _classes_last(logits: Tensor, targets: Tensor) -> bool:
     """Whether the shapes only fit with the classes on the last dimension (token logits)."""
     first = logits.shape[:1] + logits.shape[2:]
     return targets.shape == logits.shape[:-1] and targets.shape != first
+
+
+def counted_rows(step: Step, loader: Any) -> Tensor | None:
+    """False for samples that a DistributedSampler repeats; ``None`` if all count."""
+    logits = step.logits
+    repeated = padding_mask(loader, step.batch_idx, len(logits), logits.device)
+    return None if repeated is None else ~repeated

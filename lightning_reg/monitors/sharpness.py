@@ -30,7 +30,7 @@ from lightning_reg.metrics.hessian import (
     hessian_eigenvalues,
     hessian_trace,
 )
-from lightning_reg.monitors.monitor import log_joint
+from lightning_reg.monitors.joint_log import log_joint
 
 __all__ = ["SharpnessMonitor"]
 
