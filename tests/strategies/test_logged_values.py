@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_reg import SAM, EntropyPenalty
 from lightning_reg.engine import Regularizer
 from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.testing.ranks import rank_trainer
-from tests.engine.simple import INPUTS, LABELS, Host
+from tests.engine.simple import INPUTS, LABELS, Host, trainer
 
 
 class Own(Regularizer):
@@ -61,3 +62,30 @@ def test_values_of_every_phase_are_means_over_ranks(ranks, strategy, accumulate)
         assert found.pop("reg/own") == pytest.approx(expected)
         assert found.pop("reg/joint") == pytest.approx((1 + 4) / 3)
         assert not found
+
+
+def rise(run, batch_size: int) -> float:
+    """What SAM logs of a step over 16 samples, with a penalty that counts in both passes."""
+    data = torch.utils.data.TensorDataset(INPUTS[:16], LABELS[:16])
+    run.fit(Host(), torch.utils.data.DataLoader(data, batch_size=batch_size))
+    return float(run.logged_metrics["reg/sam"])
+
+
+SETTINGS: dict[str, Any] = {"max_steps": 1, "log_every_n_steps": 1}
+
+
+def twice() -> list[Any]:
+    return [EntropyPenalty(5.0, direction="maximize"), SAM(0.5, sharpness="global")]
+
+
+def rise_on_ranks(strategy: str) -> float:
+    return rise(rank_trainer(strategy=strategy, callbacks=twice(), **SETTINGS), 8)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_reg"])
+def test_rise_behind_a_second_pass_is_that_of_one_process(ranks, strategy):
+    alone = rise(trainer(callbacks=twice(), **SETTINGS), 16)
+    without = rise(trainer(callbacks=twice()[1:], **SETTINGS), 16)
+    assert abs(alone - without) > 0.1
+    for found in ranks.run(rise_on_ranks, strategy):
+        assert found == pytest.approx(alone, rel=1e-4)
