@@ -4,7 +4,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import L2Penalty, PrincipalGradientAggregation
@@ -190,6 +192,29 @@ def _hooked():
     except UnsupportedError as error:
         return str(error)
     return ""
+
+
+class Hooks(Callback):
+    """Registers a hook past the strategy."""
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.strategy.model.register_comm_hook(None, default_hooks.allreduce_hook)
+
+
+def _hooked_by_hand():
+    trainer = rank_trainer(
+        max_epochs=1, strategy="ddp_reg", callbacks=[Hooks(), PrincipalGradientAggregation()]
+    )
+    try:
+        trainer.fit(Net(), DataLoader(TensorDataset(*client(0)), 8))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_hook_that_the_strategy_does_not_know_of_is_refused(ranks):
+    for message in ranks.run(_hooked_by_hand):
+        assert "which another hook has taken" in message
 
 
 def test_another_hook_is_refused(ranks):
