@@ -1,8 +1,8 @@
 """Losses on two embeddings of each sample, over the samples of all ranks.
 
 A technique supplies :meth:`EmbeddingLoss.value`: a scalar of two views (N, d); or, as a
-:class:`TwoViews`, a penalty of its own from :meth:`TwoViews.joint_views`. The mechanism takes
-care of
+:class:`TwoViews`, a penalty of its own from :meth:`TwoViews.joint_views` (the samples of all
+ranks) or :meth:`TwoViews.two_views` (this rank's). The mechanism takes care of
 
 - finding the two views: two keys of the returned dict, two layers, the two calls of one layer,
   the two halves of one batch, or ``self.regularize(loss, features={...})``;
@@ -24,94 +24,13 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_reg.engine import MissingSignalError, RegularizationError, Regularizer, Step
-from lightning_reg.engine.errors import ArgumentError, owner_name
+from lightning_reg.engine.errors import ArgumentError
 from lightning_reg.engine.schedule import Schedule
 from lightning_reg.engine.step import full_precision
 from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.joint_rows import joint_rows
 
 DEFAULT_VIEWS = ("outputs.z1", "outputs.z2")
-
-
-class ViewFinder:
-    """Finds the two views of each sample in a step.
-
-    Args:
-        owner: the technique, for messages.
-        views: where the views are; see :class:`TwoViews`.
-    """
-
-    def __init__(self, owner: object, views: str | Sequence[str]) -> None:
-        self.owner = owner_name(owner)
-        self.names = [views] if isinstance(views, str) else list(views)
-        good = all(isinstance(view, str) and view for view in self.names)
-        if not good or len(self.names) not in (1, 2) or len(set(self.names)) < len(self.names):
-            raise ArgumentError(
-                self.owner,
-                f"`views` must be one submodule or two different places, got {views!r}",
-                cure=f'{self.owner}(views=["outputs.z1", "outputs.z2"])',
-            )
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The submodules to capture."""
-        return tuple(view for view in self.names if not view.startswith("outputs."))
-
-    def check(self, module: pl.LightningModule, layers: Sequence[str] | None = None) -> None:
-        """Refuse a layer that is not there; by default those of the views."""
-        known = [name for name, _ in module.named_modules() if name]
-        for layer in self.layers if layers is None else layers:
-            if module.automatic_optimization and layer not in known:
-                shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-                raise ArgumentError(
-                    self.owner,
-                    f"takes embeddings from {layer!r}, which this module does not have; it has "
-                    f"{shown or 'no submodules'}",
-                    cure=f'{self.owner}(views="{known[0] if known else "encoder"}")',
-                )
-
-    def of(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Both views (B, ...) of this rank's samples, of one shape and in float32 at least."""
-        if len(self.names) == 2:
-            z1, z2 = (step.feature(name) for name in self.names)
-        else:
-            z1, z2 = self._of_one_layer(step, self.names[0])
-        if z1.shape != z2.shape:
-            raise RegularizationError(
-                self.owner,
-                "needs two views of the same samples and the same width, got "
-                f"{tuple(z1.shape)} and {tuple(z2.shape)}",
-                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
-            )
-        return z1, z2
-
-    def _of_one_layer(self, step: Step, layer: str) -> tuple[Tensor, Tensor]:
-        calls: Sequence[Any] = step.records.get(layer, ())
-        given = layer in self._given_features(step)
-        if len(calls) == 2 and not given and all(isinstance(call, Tensor) for call in calls):
-            return full_precision(calls[0]), full_precision(calls[1])
-        if len(calls) > 2 and not given:
-            raise MissingSignalError(
-                self.owner,
-                f"takes two `features` from {layer!r}, which the first {step.hook} called "
-                f"{len(calls)} times: once with both views, or once for each",
-                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
-            )
-        both = step.feature(layer)
-        if len(both) % 2:
-            raise RegularizationError(
-                self.owner,
-                f"halves the {len(both)} rows of {layer!r} into two views, which needs an even "
-                "number",
-                cure=f"z = self.{layer}(torch.cat([view1, view2]))",
-            )
-        z1, z2 = both.chunk(2)
-        return z1, z2
-
-    @staticmethod
-    def _given_features(step: Step) -> Any:
-        features = step.given.get("features")
-        return features if isinstance(features, dict) else {}
 
 
 class TwoViews(Regularizer):
@@ -142,21 +61,52 @@ class TwoViews(Regularizer):
         **others: Any,
     ) -> None:
         super().__init__(strength, name=name, **others)
-        self._views = ViewFinder(self, views)
-        self.views = self._views.names
+        names = [views] if isinstance(views, str) else list(views)
+        good = all(isinstance(view, str) and view for view in names)
+        if not good or len(names) not in (1, 2) or len(set(names)) < len(names):
+            raise ArgumentError(
+                self,
+                f"`views` must be one submodule or two different places, got {views!r}",
+                cure=f'{type(self).__name__}(views=["outputs.z1", "outputs.z2"])',
+            )
+        self.views = names
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The submodules to capture."""
-        return self._views.layers
+        return tuple(view for view in self.views if not view.startswith("outputs."))
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a layer that is not there."""
         super().validate(trainer, pl_module)
-        self._views.check(pl_module, self.layers)
+        known = [name for name, _ in pl_module.named_modules() if name]
+        for layer in self.layers:
+            if pl_module.automatic_optimization and layer not in known:
+                shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+                raise ArgumentError(
+                    self,
+                    f"takes embeddings from {layer!r}, which this module does not have; it has "
+                    f"{shown or 'no submodules'}",
+                    cure=f'{type(self).__name__}(views="{known[0] if known else "encoder"}")',
+                )
+
+    def two_views(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Both views (B, ...) of this rank's samples, of one shape and in float32 at least."""
+        if len(self.views) == 2:
+            z1, z2 = (step.feature(view) for view in self.views)
+        else:
+            z1, z2 = self._of_one_layer(step, self.views[0])
+        if z1.shape != z2.shape:
+            raise RegularizationError(
+                self,
+                "needs two views of the same samples and the same width, got "
+                f"{tuple(z1.shape)} and {tuple(z2.shape)}",
+                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
+            )
+        return z1, z2
 
     def joint_views(self, step: Step, *companions: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Both views, and what goes with them, of the samples of all ranks, by one gather.
+        """Both views (N, d), and what goes with them, of the samples of all ranks, in one gather.
 
         Args:
             step: the micro-batch.
@@ -165,21 +115,40 @@ class TwoViews(Regularizer):
         Returns:
             The positions (B,) of this rank's samples among all N, and the tensors (N, ...).
         """
-        return joint_rows(step.comm, *self._two_views(step), *companions)
+        z1, z2 = self.two_views(step)
+        if z1.ndim != 2:
+            raise RegularizationError(
+                self, f"needs embeddings (B, d), got {tuple(z1.shape)}", cure="z = z.flatten(1)"
+            )
+        return joint_rows(step.comm, z1, z2, *companions)
 
-    def _two_views(self, step: Step) -> tuple[Tensor, Tensor]:
-        z1, z2 = self._views.of(step)
-        for view in (z1, z2):
-            self._check_rows(view)
-        return z1, z2
-
-    def _check_rows(self, view: Tensor) -> None:
-        if view.ndim != 2:
+    def _of_one_layer(self, step: Step, layer: str) -> tuple[Tensor, Tensor]:
+        calls: Sequence[Any] = step.records.get(layer, ())
+        given = layer in self._given_features(step)
+        if len(calls) == 2 and not given and all(isinstance(call, Tensor) for call in calls):
+            return full_precision(calls[0]), full_precision(calls[1])
+        if len(calls) > 2 and not given:
+            raise MissingSignalError(
+                self,
+                f"takes two `features` from {layer!r}, which the first {step.hook} called "
+                f"{len(calls)} times: once with both views, or once for each",
+                cure='return {"loss": loss, "z1": z1, "z2": z2} from training_step',
+            )
+        both = step.feature(layer)
+        if len(both) % 2:
             raise RegularizationError(
                 self,
-                f"needs embeddings (B, d), got {tuple(view.shape)}",
-                cure="z = z.flatten(1)",
+                f"halves the {len(both)} rows of {layer!r} into two views, which needs an even "
+                "number",
+                cure=f"z = self.{layer}(torch.cat([view1, view2]))",
             )
+        z1, z2 = both.chunk(2)
+        return z1, z2
+
+    @staticmethod
+    def _given_features(step: Step) -> Any:
+        features = step.given.get("features")
+        return features if isinstance(features, dict) else {}
 
 
 class EmbeddingLoss(TwoViews):
@@ -198,4 +167,4 @@ class EmbeddingLoss(TwoViews):
         return self.value(z1, z2)
 
 
-__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews", "ViewFinder"]
+__all__ = ["DEFAULT_VIEWS", "EmbeddingLoss", "TwoViews"]

@@ -1,11 +1,12 @@
 """InfoNCE: a query has to find its positive among negatives, those of all ranks.
 
-A technique supplies :meth:`QueryLoss.losses`: the loss of each query of this rank. The mechanism
-takes care of
+A technique supplies :meth:`QueryLoss.private_negatives`, if it has any: what each query of this
+rank is contrasted with beside the samples of the batch. The mechanism takes care of
 
 - finding queries, positives and, where there are any, the hard negatives of each query;
 - gathering positives and negatives of all ranks *with gradients*, by one gather, while each rank
   works on its own queries only;
+- InfoNCE of each query, and its weight where hard queries are to count more (``gamma``);
 - the mean over the queries of all ranks, each counting once.
 
 :func:`info_nce` and :func:`nt_xent` are the losses themselves, query by query.
@@ -13,9 +14,7 @@ takes care of
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,11 +94,12 @@ def focused(losses: Tensor, gamma: float) -> Tensor:
 
 
 class QueryLoss(TwoViews):
-    """Base of losses of queries that look for their positives.
+    """InfoNCE of queries that look for their positives.
 
     Args:
         strength: the multiplier.
         temperature: ``t``, above 0.
+        gamma: of the weights, at least 0; see :func:`focused`. 0 weights all alike.
         views: where queries and positives (B, d) are; see :class:`TwoViews`.
         negatives: where hard negatives (B, M, d) of the queries are, a key of the returned dict
             (``"outputs.negatives"``) or a submodule; ``None`` without any.
@@ -113,22 +113,23 @@ class QueryLoss(TwoViews):
         strength: float | Schedule,
         *,
         temperature: float,
+        gamma: float,
         views: str | Sequence[str] = DEFAULT_VIEWS,
         negatives: str | None = None,
         name: str | None = None,
-        **others: Any,
     ) -> None:
-        super().__init__(strength, views=views, name=name, **others)
+        super().__init__(strength, views=views, name=name)
         kind = type(self).__name__
-        cure = f"{kind}(temperature=0.05)"
+        cure = f"{kind}(gamma=0.5, temperature=0.05)"
         check_range(self, "temperature", temperature, 0, low_open=True, cure=cure)
+        check_range(self, "gamma", gamma, 0, cure=cure)
         if negatives is not None and (not isinstance(negatives, str) or not negatives):
             raise ArgumentError(
                 self,
                 f"`negatives` must be a place or None, got {negatives!r}",
                 cure=f'{kind}(negatives="outputs.negatives")',
             )
-        self.temperature = temperature
+        self.temperature, self.gamma = temperature, gamma
         self.negatives = negatives
 
     @property
@@ -138,16 +139,15 @@ class QueryLoss(TwoViews):
         own = () if place is None or place.startswith("outputs.") else (place,)
         return (*super().layers, *own)
 
-    @abstractmethod
-    def losses(
+    def private_negatives(
         self,
         step: Step,
         queries: Tensor,
         positives: Tensor,
         negatives: Tensor | None,
         rows: Tensor,
-    ) -> Tensor:
-        """The loss (B,) of this rank's queries.
+    ) -> Tensor | None:
+        """Negatives (B, K, d) of this rank's queries, each seen by its own query alone.
 
         Args:
             step: the micro-batch.
@@ -156,12 +156,22 @@ class QueryLoss(TwoViews):
             negatives: (N, M, d), of all ranks, or ``None``.
             rows: (B,) this rank's positions among the N.
         """
+        return None
 
     def penalty(self, step: Step) -> JointMean:
         """Phase 4."""
         given = [] if self.negatives is None else [self._hard_negatives(step, self.negatives)]
-        rows, (queries, positives, *hard) = self.joint_views(step, *given)
-        return JointMean.of(self.losses(step, queries, positives, hard[0] if hard else None, rows))
+        rows, (queries, positives, *rest) = self.joint_views(step, *given)
+        hard = rest[0] if rest else None
+        losses = info_nce(
+            queries,
+            positives,
+            self.temperature,
+            negatives=hard,
+            private=self.private_negatives(step, queries, positives, hard, rows),
+            rows=rows,
+        )
+        return JointMean.of(focused(losses, self.gamma))
 
     def _hard_negatives(self, step: Step, place: str) -> Tensor:
         found = step.feature(place)

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_reg.engine import Paper, Schedule, Step
-from lightning_reg.engine.errors import check_range
+from lightning_reg.engine import Paper, Schedule
 from lightning_reg.mechanisms.embedding_loss import DEFAULT_VIEWS
 from lightning_reg.mechanisms.info_nce import QueryLoss, focused, info_nce
 
@@ -110,19 +109,10 @@ class FocalInfoNCE(QueryLoss):
         name: str | None = None,
     ) -> None:
         super().__init__(
-            strength, temperature=temperature, views=views, negatives=negatives, name=name
+            strength,
+            temperature=temperature,
+            gamma=gamma,
+            views=views,
+            negatives=negatives,
+            name=name,
         )
-        check_range(self, "gamma", gamma, 0, cure="FocalInfoNCE(gamma=0.5)")
-        self.gamma = gamma
-
-    def losses(
-        self,
-        step: Step,
-        queries: Tensor,
-        positives: Tensor,
-        negatives: Tensor | None,
-        rows: Tensor,
-    ) -> Tensor:
-        """The weighted loss of this rank's queries."""
-        plain = info_nce(queries, positives, self.temperature, negatives=negatives, rows=rows)
-        return focused(plain, self.gamma)

@@ -13,7 +13,7 @@ from lightning_reg.engine import ArgumentError, Paper, Schedule, Step
 from lightning_reg.engine.errors import check_range
 from lightning_reg.mechanisms.batch_transform import draw_beta
 from lightning_reg.mechanisms.embedding_loss import DEFAULT_VIEWS
-from lightning_reg.mechanisms.info_nce import QueryLoss, focused, info_nce
+from lightning_reg.mechanisms.info_nce import QueryLoss
 
 __all__ = ["OnlineHardNegativeMixing", "mix_hard_negatives"]
 
@@ -155,11 +155,15 @@ class OnlineHardNegativeMixing(QueryLoss):
         name: str | None = None,
     ) -> None:
         super().__init__(
-            strength, temperature=temperature, views=views, negatives=negatives, name=name
+            strength,
+            temperature=temperature,
+            gamma=gamma,
+            views=views,
+            negatives=negatives,
+            name=name,
         )
         cure = "OnlineHardNegativeMixing(hardest=8, pairs=4)"
         check_range(self, "alpha", alpha, 0, low_open=True, cure=cure)
-        check_range(self, "gamma", gamma, 0, cure=cure)
         for key, value, least in (("hardest", hardest, 2), ("pairs", pairs, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problem = f"`{key}` must be a whole number from {least}, got {value!r}"
@@ -167,33 +171,29 @@ class OnlineHardNegativeMixing(QueryLoss):
         if pairs == 0 and not list_wise:
             raise ArgumentError(self, "nothing is mixed with pairs=0, list_wise=False", cure=cure)
         self.hardest, self.pairs, self.list_wise = hardest, pairs, list_wise
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha = alpha
 
-    def losses(
+    def private_negatives(
         self,
         step: Step,
         queries: Tensor,
         positives: Tensor,
         negatives: Tensor | None,
         rows: Tensor,
-    ) -> Tensor:
-        """The loss of this rank's queries."""
+    ) -> Tensor | None:
+        """The mixtures of each of this rank's queries."""
         candidates = self._candidates(queries, positives, negatives, rows)
-        mixed = None
-        if candidates.shape[1] > 1:
-            pairs, shares = self._draw(step, candidates.shape[1])
-            mixed = mix_hard_negatives(
-                queries[rows],
-                candidates,
-                pairs.to(rows.device),
-                shares,
-                self.temperature,
-                self.list_wise,
-            )
-        plain = info_nce(
-            queries, positives, self.temperature, negatives=negatives, private=mixed, rows=rows
+        if candidates.shape[1] < 2:
+            return None
+        pairs, shares = self._draw(step, candidates.shape[1])
+        return mix_hard_negatives(
+            queries[rows],
+            candidates,
+            pairs.to(rows.device),
+            shares,
+            self.temperature,
+            self.list_wise,
         )
-        return focused(plain, self.gamma)
 
     def _candidates(
         self, queries: Tensor, positives: Tensor, negatives: Tensor | None, rows: Tensor

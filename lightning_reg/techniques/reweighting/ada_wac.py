@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_reg.engine import Paper, RegularizationError, Schedule, Signals, Step
 from lightning_reg.engine.communicator import JointMean
 from lightning_reg.engine.errors import check_range
-from lightning_reg.engine.technique import Semantics
-from lightning_reg.mechanisms.embedding_loss import DEFAULT_VIEWS, ViewFinder
+from lightning_reg.mechanisms.embedding_loss import DEFAULT_VIEWS, TwoViews
 from lightning_reg.mechanisms.loss_replacement import Replaces, check_replaces
 from lightning_reg.mechanisms.sample_memory import SampleMemoryRegularizer
 from lightning_reg.mechanisms.sample_reweighting import sample_of_rows
@@ -55,7 +53,7 @@ def ada_wac(log_odds: Tensor, supervised: Tensor, consistency: Tensor) -> Tensor
     return odds.sigmoid() * supervised + (-odds).sigmoid() * consistency
 
 
-class AdaWAC(SampleMemoryRegularizer):
+class AdaWAC(TwoViews, SampleMemoryRegularizer):
     """Weights, in each sample, its label against the consistency of two augmented views of it.
 
     Dong, Xie, Ward (2022), Adaptively Weighted Data Augmentation Consistency Regularization for
@@ -123,7 +121,6 @@ class AdaWAC(SampleMemoryRegularizer):
             "2210.01891",
         ),
     )
-    semantics: ClassVar[Semantics] = "global"
     needs: ClassVar[tuple[str, ...]] = ("logits", "targets", "features", "sample_index")
     reads: ClassVar[frozenset[str]] = frozenset({"losses", "features"})
     writes: ClassVar[frozenset[str]] = frozenset({"losses"})
@@ -143,26 +140,15 @@ class AdaWAC(SampleMemoryRegularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(
-            strength, num_samples=num_samples, width=1, fill=0.0, signals=signals, name=name
+            strength, views=views, num_samples=num_samples, width=1, signals=signals, name=name
         )
         cure = 'AdaWAC(1.0, views="encoder", step_size=1.0)'
         if not isinstance(strength, Schedule):
             check_range(self, "strength", strength, 0, cure=cure)
         check_range(self, "step_size", step_size, 0, cure=cure)
         check_replaces(self, replaces)
-        self._views = ViewFinder(self, views)
-        self.views = self._views.names
         self.step_size = step_size
         self.replaces = replaces
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The submodules to capture."""
-        return self._views.layers
-
-    def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a layer that is not there."""
-        self._views.check(pl_module)
 
     def sample_weights(self, step: Step, losses: Tensor) -> Tensor:
         """Phase 3: move the weights of this batch, and give those of the labels."""
@@ -194,7 +180,7 @@ class AdaWAC(SampleMemoryRegularizer):
         return JointMean.of(weights * consistency)
 
     def _consistency(self, step: Step) -> Tensor:
-        first, second = self._views.of(step)
+        first, second = self.two_views(step)
         return (first - second).square().flatten(1).mean(1)
 
     def _samples(self, step: Step, losses: Tensor, size: int) -> Tensor | None:

@@ -119,7 +119,8 @@ def test_mixtures_leave_out_the_querys_own_positive():
     technique = OnlineHardNegativeMixing(hardest=3, pairs=2, temperature=0.5)
     z, seeded = torch.eye(4, dtype=torch.float64), torch.Generator()
     step = SimpleNamespace(rng=lambda *_, **__: seeded)
-    losses = technique.losses(step, z, z, None, torch.arange(4))
+    mixed = technique.private_negatives(step, z, z, None, torch.arange(4))
+    losses = info_nce(z, z, 0.5, private=mixed)
     expected = np.log(1 + (3 + 2 + 1) * np.exp(-2.0))
     np.testing.assert_allclose(losses.numpy(), expected)
 
