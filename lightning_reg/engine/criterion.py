@@ -101,14 +101,14 @@ class Criterion:
         step.asked_by(asking)
         logits, targets = self._signals(step, asking)
         mode = self._mode(members)
-        plain = _mean(soft_cross_entropy(logits, as_distribution(targets, logits)))
         # Without any label there is nothing to compare yet.
         if mode == "cross_entropy" and not self._checked and len(logits):
+            plain = _plain(logits, targets)
             self._check(asking, step.loss, plain)
             self._check_gradient(step, asking, plain)
         new = self._loss(step, active, logits, targets)
         self._checked = self._checked or len(logits) > 0
-        return step.loss + (new - plain) if mode == "term" else new
+        return step.loss + (new - _plain(logits, targets)) if mode == "term" else new
 
     def _signals(self, step: Step, asking: Regularizer) -> tuple[Tensor, Tensor]:
         logits, targets = step.logits, step.targets
@@ -221,6 +221,11 @@ class Criterion:
                 '`replaces="term"` keeps the other terms',
                 cure=f'{type(asking).__name__}(..., replaces="term")',
             )
+
+
+def _plain(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy that the user's loss is, or contains."""
+    return _mean(soft_cross_entropy(logits, as_distribution(targets, logits)))
 
 
 def _mean(losses: Tensor) -> Tensor:

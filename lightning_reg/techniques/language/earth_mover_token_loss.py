@@ -245,4 +245,4 @@ def _table(part: nn.Module) -> Tensor | None:
 
 def _unit(weight: Tensor) -> Tensor:
     full = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-    return F.normalize(full.clone(), dim=-1)
+    return F.normalize(full, dim=-1)

@@ -132,9 +132,10 @@ class EntropyGatedRDrop(TwoPasses):
     def values(self, step: Step, first: Tensor, second: Tensor) -> Tensor:
         """The gated divergence of each sample."""
         gated = self._unlabeled(step, first) if self.gated == "unlabeled" else None
-        gate = entropy_gate(first.detach())
-        kept = torch.ones_like(gate) if gated is None else gated.to(gate)
-        step.log(self, (gate * kept).sum() / kept.sum().clamp_min(1), "gate")
+        if step.logging:
+            gate = entropy_gate(first.detach())
+            kept = torch.ones_like(gate) if gated is None else gated.to(gate)
+            step.log(self, (gate * kept).sum() / kept.sum().clamp_min(1), "gate")
         return entropy_gated_r_drop(first, second, gated)
 
     def _unlabeled(self, step: Step, logits: Tensor) -> Tensor | None:
