@@ -1,11 +1,13 @@
 """OLS: whose predictions make the soft labels, when they count, and what they know of classes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_reg.engine import ArgumentError
+from lightning_reg.engine import ArgumentError, Communicator
 from lightning_reg.techniques.labels.online_label_smoothing import (
     OnlineLabelSmoothing,
     class_sums,
@@ -118,3 +120,13 @@ def test_mass_goes_to_the_class_that_looks_alike():
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ArgumentError, match="OnlineLabelSmoothing"):
         OnlineLabelSmoothing(**arguments)
+
+
+def test_a_sample_that_a_sampler_repeated_counts_once():
+    technique, labels = OnlineLabelSmoothing(0.5), torch.tensor([0, 1, 0, 2])
+    padding = torch.tensor([False, False, False, True])
+    step = SimpleNamespace(logits=P.log(), targets=labels, padding=padding, comm=Communicator())
+    distribution = F.one_hot(labels, 3).float()
+    technique._add(step, distribution)
+    torch.testing.assert_close(technique._sums, class_sums(P.log(), distribution, ~padding))
+    assert technique._sums[2, -1] == 0

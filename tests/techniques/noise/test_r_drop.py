@@ -90,10 +90,13 @@ def test_a_row_without_a_gate_counts_in_full():
 
 
 class Semi(Digits):
-    """Labels of -1 are none."""
+    """Labels that are no class are none."""
 
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self(batch[0]), batch[1], ignore_index=-1)
+        labels = batch[1]
+        if not labels.is_floating_point():
+            labels = labels.where((labels >= 0) & (labels < 10), -1)
+        return F.cross_entropy(self(batch[0]), labels, ignore_index=-1)
 
 
 class Seen(EntropyGatedRDrop):
@@ -105,21 +108,31 @@ class Seen(EntropyGatedRDrop):
         return self.found
 
 
+@pytest.mark.parametrize("none", [-1, 10])
 @pytest.mark.parametrize("gated", ["unlabeled", "all"])
-def test_unlabeled_samples_are_those_whose_label_is_no_class(gated):
+def test_unlabeled_samples_are_those_whose_label_is_no_class(gated, none):
     technique, labels = Seen(gated=gated), torch.arange(64) % 10
-    labels[::2] = -1
+    labels[::2] = none
     x = F.pad(INPUTS, (0, 56))
     loader = DataLoader(TensorDataset(x, labels), batch_size=64)
     run = trainer([technique], max_epochs=1)
     run.fit(Semi(0, dropout=0.5), loader)
     gate = entropy_gate(technique.first)
-    own = gate if gated == "all" else gate.where(labels < 0, 1.0)
+    own = gate if gated == "all" else gate.where(labels == none, 1.0)
     expected = own * r_drop(technique.first, technique.second)
     torch.testing.assert_close(technique.found.detach(), expected)
-    logged = gate if gated == "all" else gate[labels < 0]
+    logged = gate if gated == "all" else gate[labels == none]
     value = float(run.callback_metrics["reg/seen_gate"])
     assert value == pytest.approx(float(logged.mean()), abs=1e-6)
+
+
+def test_a_distribution_is_a_label():
+    technique = Seen()
+    soft = F.one_hot(torch.arange(64) % 10, 10).float()
+    loader = DataLoader(TensorDataset(F.pad(INPUTS, (0, 56)), soft), batch_size=64)
+    trainer([technique], max_epochs=1).fit(Semi(0, dropout=0.5), loader)
+    expected = r_drop(technique.first, technique.second)
+    torch.testing.assert_close(technique.found.detach(), expected)
 
 
 def test_a_label_per_token_does_not_tell_unlabeled_samples():
