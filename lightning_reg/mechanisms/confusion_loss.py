@@ -131,7 +131,8 @@ class ConfusionLoss(ClassScores):
         if self.over == "image":
             parts = [part.sum(1) for part in parts]
         counts = Counts(*parts)
-        return JointMean.of(self.losses(counts).flatten(), self._weights(counts).flatten())
+        weights = self._weights(counts).flatten()
+        return JointMean.of(self.losses(counts).flatten(), weights, fixed=True)
 
     def _of_batch(self, counts: Counts) -> Tensor:
         weights = self._weights(counts)

@@ -41,6 +41,7 @@ from lightning_reg.engine import (
 )
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.observe import held_out_steps, validation_loaders
+from lightning_reg.engine.technique import Semantics
 
 Data = Literal["train", "validation"]
 _DATA = ("train", "validation")
@@ -132,6 +133,10 @@ class HeadRefit(Regularizer):
         name: the name in messages and checkpoints.
     """
 
+    semantics: ClassVar[Semantics] = "global"
+    exemptions: ClassVar[dict[str, str]] = {
+        "signals": "labels are looked for when training ends, in the data of the second stage",
+    }
     needs: ClassVar[tuple[str, ...]] = ("targets",)
     exclusive: ClassVar[frozenset[str]] = frozenset({"head_refit"})
     sharded: ClassVar[bool | None] = False

@@ -197,7 +197,7 @@ class NormDirectionDistillation(FeatureDistillation):
         labels = mixed(step, self._shares(step.targets, len(student), len(directions)))
         rows = norm_direction_distillation(student, teacher, labels.to(student) @ directions)
         # A sample without a class has no direction.
-        return JointMean.of(rows, labels.sum(-1) > 0)
+        return JointMean.of(rows, labels.sum(-1) > 0, fixed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The directions of the classes."""

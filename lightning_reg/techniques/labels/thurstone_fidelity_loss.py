@@ -185,7 +185,8 @@ class ThurstoneFidelityLoss(Regularizer):
         mean, std, true_mean, true_std = everyone.unbind(1)
         likely = _preference(*predicted, mean, std)
         right = _preference(*true, true_mean, true_std).detach()
-        return JointMean.of(_fidelity(likely, right).flatten(), pairs.flatten().to(like))
+        counted = pairs.flatten().to(like)
+        return JointMean.of(_fidelity(likely, right).flatten(), counted, fixed=True)
 
     def _predicted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         one = logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1)

@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_reg.engine import ArgumentError, Paper, Signals
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.optional import require
-from lightning_reg.engine.technique import Semantics
 from lightning_reg.mechanisms.head_refit import Data, Head, HeadRefit, HeadRows
 
 __all__ = [
@@ -238,10 +237,6 @@ class ClassGaussianCalibration(HeadRefit):
             None,
         ),
     )
-    semantics: ClassVar[Semantics] = "global"
-    exemptions: ClassVar[dict[str, str]] = {
-        "signals": "labels are looked for when training ends, in the data of the second stage",
-    }
     function: ClassVar[Callable[..., Any] | None] = staticmethod(calibrated_gaussians)
     explanation: ClassVar[str] = "fits the classifier on balanced draws from class Gaussians"
 

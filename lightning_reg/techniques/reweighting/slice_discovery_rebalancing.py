@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from lightning_reg.engine import ArgumentError, Paper, RegularizationError, Sign
 from lightning_reg.engine.errors import check_range
 from lightning_reg.engine.memory import take_index
 from lightning_reg.engine.signals import read_path
-from lightning_reg.engine.technique import Semantics
+from lightning_reg.engine.stages import fitting
 from lightning_reg.mechanisms.head_choice import HeadChoice
 from lightning_reg.mechanisms.head_refit import Data, Head, HeadRefit, HeadRows
 
@@ -159,10 +160,6 @@ class SliceDiscoveryRebalancing(HeadRefit):
             None,
         ),
     )
-    semantics: ClassVar[Semantics] = "global"
-    exemptions: ClassVar[dict[str, str]] = {
-        "signals": "labels are looked for when training ends, in the data of the second stage",
-    }
     function: ClassVar[Callable[..., Any] | None] = staticmethod(slice_gaps)
     explanation: ClassVar[str] = (
         "fits the classifier evenly over attributes whose lack makes errors"
@@ -241,8 +238,9 @@ class SliceDiscoveryRebalancing(HeadRefit):
         self.gaps = slice_gaps(logits.argmax(1) == rows.labels, rows.labels, rows.extras, classes)
         largest = self.gaps.abs().amax(0)
         order = largest.argsort(descending=True, stable=True).tolist()
-        fits = [(a, self._balanced(rows, head, a)) for a in order if largest[a] >= self.min_gap]
-        found = [(a, fit) for a, fit in fits if fit is not None][: self.max_attributes]
+        fits = ((a, self._balanced(rows, head, a)) for a in order if largest[a] >= self.min_gap)
+        some = ((a, fit) for a, fit in fits if fit is not None)
+        found = list(itertools.islice(some, self.max_attributes))
         self.chosen = [a for a, _ in found]
         if not found:
             return None
@@ -275,7 +273,7 @@ class SliceDiscoveryRebalancing(HeadRefit):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let attributes choose, unless training is under way."""
-        if getattr(trainer.state.fn, "value", None) != "fit":
+        if not fitting(trainer):
             self._serve(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
