@@ -74,8 +74,10 @@ def gathered_together(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str,
 
 def part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; shares its memory, and no gradient flows."""
+    if not is_sharded(tensor):
+        return tensor
     with torch.no_grad():
-        own: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
         return own
 
 

@@ -282,10 +282,11 @@ class WeightPerturbation(Regularizer):
                 continue
             with torch.no_grad():
                 move = self.perturbation(weights, gradients, strength)
-                if displacement:
+                again = bool(displacement)
+                if again:
                     move = list(torch._foreach_add(displacement, move))  # type: ignore[arg-type]
                 displacement = self.constrain(move, strength)
-                self._place(displacement)
+                self._place(displacement, again)
             if is_sharded(weights[0]):
                 # Whole weights of the pass before are those without the displacement.
                 put_weights_away(step.module)
@@ -356,9 +357,10 @@ class WeightPerturbation(Regularizer):
             torch._foreach_copy_(parts(self._saved), parts(weights))
         self._moved = list(weights)
 
-    def _place(self, displacement: list[Tensor]) -> None:
+    def _place(self, displacement: list[Tensor], again: bool) -> None:
         moved = parts(self._moved)
-        torch._foreach_copy_(moved, parts(self._saved))
+        if again:
+            torch._foreach_copy_(moved, parts(self._saved))
         torch._foreach_add_(moved, parts(displacement))
 
 
